@@ -1,0 +1,1242 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Train a small diffusion model faster: four published accelerations in one file, to read, run and copy.
+
+    python speedup_diffusion.py --strategy adaptive                     # rendered digits, no download, no GPU
+    python speedup_diffusion.py --strategy speed --dataset cifar10      # SpeeD: its timesteps and its weights
+    python speedup_diffusion.py --strategy curriculum --momentum-decay  # the two of the consistency paper
+    python speedup_diffusion.py --resume runs/digits-speed              # go on from the last checkpoint
+    python speedup_diffusion.py --generate 64 --checkpoint runs/digits-speed/checkpoint.pt
+
+Contents: 1 Diffusion (schedules, q_sample, DDPM and DDIM)   2 Accelerations (timestep samplers, loss weights,
+momentum decay)   3 U-Net   4 Data   5 Evaluation and pictures   6 Training   7 Command line
+
+Throughout: T is the number of timesteps, t in 0..T-1, t = 0 the least noisy; `alphas_cumprod` is [T];
+images are float in [-1, 1], [B, C, H, W]; x0 is a clean image, x_t a noisy one, eps (epsilon) the noise in it.
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------
+# 1 Diffusion
+# ---------------------------------------------------------------------------------------------------------
+
+
+class GaussianDiffusion:
+    """The forward process q(x_t | x0) = N(sqrt(ab_t) x0, (1 - ab_t) I) and the two ways back, DDPM and DDIM.
+
+    schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear
+    in sqrt(beta)), both times 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
+    arXiv:2102.09672). No beta exceeds 0.999. device holds the tables, and samples are drawn there.
+    ValueError: an unknown schedule, or timesteps < 1.
+
+    betas, alphas_cumprod: float32 [T].
+    vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the
+    fixed variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the variational
+    bound's term at t that depends on the model, in bits per dimension. At t = 0 this is the KL to a Gaussian
+    of variance beta_0, not the discretised likelihood of the DDPM paper.
+    """
+
+    def __init__(self, schedule="linear", timesteps=1000, device="cpu"):
+        if timesteps < 1:
+            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
+        low, high = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
+        if schedule == "linear":
+            betas = torch.linspace(low, high, timesteps, dtype=torch.float64)
+        elif schedule == "quad":
+            betas = torch.linspace(low**0.5, high**0.5, timesteps, dtype=torch.float64) ** 2
+        elif schedule == "cosine":
+            s = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+            ab = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+            betas = 1 - ab[1:] / ab[:-1]
+        else:
+            raise ValueError(f"schedule must be linear, cosine or quad, got {schedule!r}")
+        betas = betas.clamp(max=0.999).to(device)
+        ab = (1 - betas).cumprod(0)
+        self.timesteps = timesteps
+        self.betas, self.alphas_cumprod = betas.float(), ab.float()
+        self.vlb_coefficients = (betas / (2 * (1 - betas) * (1 - ab) * math.log(2))).float()
+        # float64, because 1 - ab loses digits near t = 0; the appended 1 makes index -1 mean x0 itself.
+        self._ab = torch.cat([ab, ab.new_ones(1)])
+
+    def _ab_at(self, t, x):
+        return self._ab[t].view(-1, *[1] * (x.dim() - 1))
+
+    def q_sample(self, x0, t, noise):
+        """x_t [B, C, H, W] from x0, noise (same shape) and t int64 [B]."""
+        ab = self._ab_at(t, x0)
+        return ab.sqrt().to(x0.dtype) * x0 + (1 - ab).sqrt().to(x0.dtype) * noise
+
+    def predict_x0(self, x_t, t, eps):
+        """The x0 that x_t and the predicted noise eps imply; t int64 [B]. Not clipped."""
+        ab = self._ab_at(t, x_t)
+        return (x_t - (1 - ab).sqrt().to(x_t.dtype) * eps) / ab.sqrt().to(x_t.dtype)
+
+    def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True):
+        """One step t -> t_prev (int64 [B], -1 means x0) of DDIM, Song et al., arXiv:2010.02502, eq. 12.
+
+        eta = 0 is deterministic and does not read noise (None will do); eta = 1 has DDPM's variance.
+        clip: x0 is clipped to [-1, 1] and epsilon taken again from the clipped x0.
+        """
+        ab, ab_prev = self._ab_at(t, x_t), self._ab_at(t_prev, x_t)
+        x0 = self.predict_x0(x_t, t, eps)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x_t - ab.sqrt().to(x_t.dtype) * x0) / (1 - ab).sqrt().to(x_t.dtype)
+        variance = eta**2 * (1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)
+        direction = (1 - ab_prev - variance).clamp(min=0).sqrt()
+        x_prev = ab_prev.sqrt().to(x_t.dtype) * x0 + direction.to(x_t.dtype) * eps
+        return x_prev + variance.sqrt().to(x_t.dtype) * noise if eta > 0 else x_prev
+
+    def ddpm_step(self, x_t, t, eps, noise, clip=True):
+        """One step t -> t - 1 of DDPM with the posterior's own variance ("fixed-small"), arXiv:2006.11239.
+
+        q(x_{t-1} | x_t, x0) is what DDIM's step with eta = 1 draws from, so there is nothing else to write.
+        """
+        return self.ddim_step(x_t, t, t - 1, eps, 1.0, noise, clip)
+
+    @torch.no_grad()
+    def sample(self, model, shape, method="ddim", steps=50, eta=0.0, generator=None):
+        """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
+
+        method "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1,
+        whatever steps and eta say. generator: a torch.Generator on any device, for the same images again.
+        ValueError: an unknown method, or steps outside 1..T.
+        """
+        if method not in ("ddim", "ddpm"):
+            raise ValueError(f"method must be ddim or ddpm, got {method!r}")
+        if method == "ddpm":
+            steps, eta = self.timesteps, 1.0
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"sampling steps must lie in 1..{self.timesteps}, got {steps}")
+
+        def gaussian():
+            where = generator.device if generator is not None else self.betas.device
+            return torch.randn(shape, generator=generator, device=where).to(self.betas.device)
+
+        times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+        x = gaussian()
+        for t, t_prev in zip(times, times[1:] + [-1]):
+            t, t_prev = (torch.full((len(x),), s, device=x.device) for s in (t, t_prev))
+            eps = model(x, t).to(x.dtype)
+            x = self.ddim_step(x, t, t_prev, eps, eta, gaussian() if eta > 0 else None)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2 Accelerations
+#
+# A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with
+# any weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`, int64
+# timesteps [B] on x0's device, drawn from torch's global generator. Each piece needs torch and math alone.
+# ---------------------------------------------------------------------------------------------------------
+
+
+class UniformSampler:
+    """Every timestep equally often: the DDPM baseline, P(t) = 1 / T."""
+
+    def __init__(self, timesteps):
+        self.probs = torch.full((timesteps,), 1 / timesteps)
+
+    def sample(self, x0, step):
+        self.probs = self.probs.to(x0.device)
+        return torch.randint(len(self.probs), (len(x0),), device=x0.device)
+
+
+class LogitNormalSampler:
+    """t = floor(T sigmoid(z)), z ~ N(0, 1): the middle more often than the ends (SD3, arXiv:2403.03206)."""
+
+    def __init__(self, timesteps):
+        edges = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
+        self.probs = torch.special.ndtr(torch.logit(edges)).diff().float()
+
+    def sample(self, x0, step):
+        self.probs = self.probs.to(x0.device)
+        u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
+        return (u * len(self.probs)).long().clamp(max=len(self.probs) - 1)
+
+
+class SpeeDSampler:
+    """SpeeD's asymmetric sampling: the last timesteps hardly differ from pure noise, so draw them k times less.
+
+        P(t) = k / (T + tau (k - 1))  for t < tau,    1 / (T + tau (k - 1))  for t >= tau
+
+    Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model Training",
+    arXiv:2405.17403 (CVPR 2025). Formula, k = 5 and tau = 700 (linear schedule, T = 1000): authors' code.
+    tau=None, our rule for any schedule: the number of timesteps with alphas_cumprod >= 0.0069. That is 700 on
+    the linear one. SpeeD is this sampler with `change_aware_weights`.
+    Differs from the authors' code: that also draws half of each batch as the mirror image of the other half
+    about a step near 642, which changes P(t); left out here.
+    Cost: none. alphas_cumprod: [T]. ValueError: k < 1, or tau outside 1..T.
+    """
+
+    def __init__(self, alphas_cumprod, k=5.0, tau=None):
+        T = len(alphas_cumprod)
+        tau = max(1, int((alphas_cumprod >= 0.0069).sum())) if tau is None else tau
+        if not k >= 1 or not 1 <= tau <= T:
+            raise ValueError(f"k must be at least 1 and tau lie in 1..{T}, got k = {k}, tau = {tau}")
+        before_tau = torch.arange(T, device=alphas_cumprod.device) < tau
+        self.probs = torch.where(before_tau, k, 1.0) / (T + tau * (k - 1))
+
+    def sample(self, x0, step):
+        self.probs = self.probs.to(x0.device)
+        return torch.multinomial(self.probs, len(x0), replacement=True)
+
+
+class CurriculumSampler:
+    """Curriculum timestep schedule (CLTS): begin with all timesteps, then train the easy, noisy ones less.
+
+        p_n(t) = (1 - gamma_n) / T + gamma_n N(t; mu T, sigma T),    gamma_n = min(1, n / total_steps)
+
+    with the Gaussian normalised over 0..T-1 and n the training step. Xu et al., "Towards Faster Training of
+    Diffusion Models: An Inspiration of A Consistency Phenomenon", arXiv:2404.07946. The idea is in its
+    abstract; no code of the authors was found. The formula and mu = 0.3 (best in the paper's ablation) come
+    from third-party readings; sigma = 0.5 from a single one: the paper's value is not known to us. That gamma
+    reaches 1 at the end of the run is our choice.
+    SpeeD's repository has a CLTS baseline whose exponent, -(t - mu)^2 / 2 * T^2, makes the Gaussian a spike at
+    one t; that form is not used here.
+    Cost: none. `probs` is the distribution of the last step sampled. ValueError: sigma <= 0, total_steps < 1.
+    """
+
+    def __init__(self, timesteps, total_steps, mu=0.3, sigma=0.5):
+        if not sigma > 0 or total_steps < 1:
+            raise ValueError(f"sigma must be above 0 and total_steps at least 1, got {sigma}, {total_steps}")
+        t = torch.arange(timesteps, dtype=torch.float64) / timesteps
+        self.gaussian = torch.softmax(-0.5 * ((t - mu) / sigma) ** 2, 0).float()
+        self.probs = torch.full((timesteps,), 1 / timesteps)
+        self.total_steps = total_steps
+
+    def sample(self, x0, step):
+        self.gaussian = self.gaussian.to(x0.device)
+        gamma = min(1.0, step / self.total_steps)
+        self.probs = (1 - gamma) / len(self.gaussian) + gamma * self.gaussian
+        return torch.multinomial(self.probs, len(x0), replacement=True)
+
+
+class AdaptiveSampler:
+    """Adaptive non-uniform sampling: a small policy learns which t lower the variational bound the most.
+
+    A network pi(x0) gives (a, b) of a Beta distribution for each image; u ~ Beta(a, b), t = round(u (T - 1)).
+    Every `every` training steps, on the batch just drawn, with Delta^t = L_t before the model's update minus
+    L_t after it (L_t: the bound's term at t in bits per dimension):
+      1. Delta^t of ONE image at `probe` evenly spaced timesteps, and their sum, enter a queue of `queue` rows;
+      2. Delta^t of EVERY image at the `selected` timesteps S gives its reward, sum over S of Delta^t;
+      3. REINFORCE: loss = -mean(log p(u_i) reward_i) - entropy mean(H_i), one Adam step of the policy;
+      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2).
+    Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
+
+    Kim et al., "Adaptive Non-Uniform Timestep Sampling", arXiv:2411.09998 (CVPR 2025). Network, defaults
+    (every 40 steps, |S| = 3, queue 20, Adam with lr 1e-2, gradient norm 1, entropy 1e-2): authors' code.
+    Differs from the authors' code: before and after share x_t and noise, so that Delta shows the update and
+    not the draw; step 1 probes 100 timesteps and not all T (probe=T does); r^2 ranks as their F score does;
+    adaptive pooling, so that images need not be 32x32.
+    Cost in image-forwards: 2 (probe + selected B) every `every` steps, beside 3 B a step for training.
+
+    `probs` is the mixture over the images of the batch of the last policy update. The model, an nn.Module with
+    model(x_t, t) -> eps, is measured in eval mode. alphas_cumprod: [T], its device is the policy's.
+    ValueError: fewer timesteps than `selected`, or a number that makes no sense.
+    """
+
+    def __init__(
+        self, alphas_cumprod, in_channels, every=40, selected=3, queue=20, probe=100, lr=1e-2, entropy=1e-2
+    ):
+        T, device = len(alphas_cumprod), alphas_cumprod.device
+        probe = min(probe, T)
+        if not 1 <= selected <= probe or every < 1 or queue < 3:
+            raise ValueError(f"selected must lie in 1..{probe} (probe, or T), every >= 1 and queue >= 3")
+        ab = alphas_cumprod.double()
+        alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
+        self.vlb_coefficients = ((1 - alphas) / (2 * alphas * (1 - ab) * math.log(2))).float()
+        self.alphas_cumprod, self.every, self.entropy = alphas_cumprod, every, entropy
+        layers = []
+        for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
+            layers += [
+                torch.nn.Conv2d(c_in, c_out, 3, padding=1),
+                torch.nn.ReLU(),
+                torch.nn.MaxPool2d(2, ceil_mode=True),
+            ]
+        layers += [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
+        for c_in in (128 * 4 * 4, 256):
+            layers += [torch.nn.Linear(c_in, 256), torch.nn.ReLU()]
+        last = torch.nn.Linear(256, 2)
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.constant_(last.bias, 0.5)  # a = b = softplus(0.5) = 0.974: nearly uniform
+        self.policy = torch.nn.Sequential(*layers, last).to(device)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
+        self.grid = torch.linspace(0, T - 1, probe, dtype=torch.float64).round().long().to(device)
+        self.selected = torch.arange(selected, device=device)
+        self.queue, self.filled = torch.zeros(queue, probe, device=device), 0
+        self.probs = self.beta_probs(*F.softplus(last.bias.detach()[:, None]) + 1e-5, T)
+        self._drawn = self._look = None
+
+    @staticmethod
+    def beta_probs(a, b, T):
+        """[T]: the probability that round(u (T - 1)) is t, u ~ Beta(a_i, b_i), mean over i; a, b [n]."""
+        a, b = a.double()[:, None], b.double()[:, None]
+        edges = ((torch.arange(T + 1, dtype=a.dtype, device=a.device) - 0.5) / max(1, T - 1)).clamp(0, 1)
+        edges[-1] = 1  # for T = 1
+        beta = torch.exp(torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b))
+        # The distribution function of Beta(a, b) is that of Beta(a + 1, b + 1), whose density has no poles,
+        # plus this closed form (the recurrences of the incomplete beta function).
+        closed = edges**a * (1 - edges) ** b * (b - (a + b) * edges) / (a * b * beta)
+        middle, half = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
+        smooth = 0
+        for node, weight in ((-(0.6**0.5), 5 / 9), (0.0, 8 / 9), (0.6**0.5, 5 / 9)):  # Gauss-Legendre
+            u = middle + half * node
+            smooth = smooth + weight * half * u**a * (1 - u) ** b
+        smooth = smooth * (a + b) * (a + b + 1) / (a * b * beta)
+        probs = (closed.diff() + smooth).clamp(min=0).mean(0)
+        return (probs / probs.sum()).float()
+
+    def concentrations(self, x0):
+        """(a, b), each [B], of the images' Beta distributions."""
+        return (F.softplus(self.policy(x0)) + 1e-5).unbind(1)
+
+    @torch.no_grad()
+    def sample(self, x0, step):
+        u = torch.distributions.Beta(*self.concentrations(x0), validate_args=False).sample()
+        self._drawn = x0, u.clamp(1e-6, 1 - 1e-6)  # log p(u) is infinite at 0 and 1
+        return (u * (len(self.probs) - 1)).round().long()
+
+    @torch.no_grad()
+    def _vlb_terms(self, model, x_t, t, noise, batch):
+        training = model.training
+        model.eval()  # no dropout, before and after
+        parts = zip(x_t.split(batch), t.split(batch), noise.split(batch))
+        mse = torch.cat([(model(x, s).float() - n).square().flatten(1).mean(1) for x, s, n in parts])
+        model.train(training)
+        return self.vlb_coefficients[t] * mse
+
+    def before_update(self, model, step):
+        """Measure L_t before the update. Does nothing unless step is a multiple of `every`."""
+        if step % self.every:
+            return
+        x0, _ = self._drawn
+        batch = len(x0)
+        one = x0[torch.randint(batch, (1,), device=x0.device)]
+        x = torch.cat([one.expand(len(self.grid), *one.shape[1:]), x0.repeat(len(self.selected), 1, 1, 1)])
+        t = torch.cat([self.grid, self.selected.repeat_interleave(batch)])
+        noise, ab = torch.randn_like(x), self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        fixed = ab.sqrt() * x + (1 - ab).sqrt() * noise, t, noise, batch
+        self._look = fixed, self._vlb_terms(model, *fixed)
+
+    def after_update(self, model):
+        """Measure L_t again, with the same x_t and noise; update the policy, the queue and S."""
+        if self._look is None:
+            return
+        (fixed, before), self._look = self._look, None
+        delta = torch.nan_to_num(before - self._vlb_terms(model, *fixed), 0.0, 0.0, 0.0)
+        probed, rewards = delta[: len(self.grid)], delta[len(self.grid) :]
+        self.update_policy(rewards.view(len(self.selected), -1).sum(0))
+        self.queue[self.filled % len(self.queue)] = probed
+        self.filled += 1
+        if self.filled >= 3:  # two points always lie on a line
+            best = self.most_predictive(self.queue[: self.filled], len(self.selected))
+            self.selected = self.grid[best]
+
+    def update_policy(self, reward):
+        """One REINFORCE step on the images drawn last; reward [B], larger is better."""
+        x0, u = self._drawn
+        with torch.enable_grad(), torch.autocast(x0.device.type, enabled=False):
+            beta = torch.distributions.Beta(*self.concentrations(x0), validate_args=False)
+            loss = -(beta.log_prob(u) * reward).mean() - self.entropy * beta.entropy().mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+            self.optimizer.step()
+        self.refresh_probs(x0)
+
+    @torch.no_grad()
+    def refresh_probs(self, x0):
+        """Set `probs` to the mixture over the images x0."""
+        self.probs = self.beta_probs(*self.concentrations(x0), len(self.probs))
+
+    @staticmethod
+    def most_predictive(deltas, count):
+        """Indices [count], ascending, of the columns of deltas [n, G] most correlated with the row sums."""
+        x = deltas.double()
+        y = x.sum(1)
+        x, y = x - x.mean(0), y - y.mean()
+        r2 = (x * y[:, None]).sum(0) ** 2 / (x.square().sum(0) * y.square().sum())
+        return torch.nan_to_num(r2, -1.0).topk(count).indices.sort().values
+
+    def state_dict(self):
+        own = {name: getattr(self, name) for name in ("queue", "filled", "selected", "probs")}
+        return own | {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("queue", "selected", "probs"):
+            setattr(self, name, state[name].to(self.grid.device, copy=True))
+        self.filled = state["filled"]
+
+
+def change_aware_weights(alphas_cumprod, lam=0.6):
+    """SpeeD's change-aware weighting, [T] in [1 - lam, lam]: timesteps where the noise changes fast count more.
+
+        g = gradient of (1 - alphas_cumprod) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam
+
+    Wang et al., arXiv:2405.17403. lam = 0.6 from the authors' code, which sets the weight to 1 for t >= tau;
+    this is the formula as third parties read it, on all t. Raw: pass the result through `normalize_weights`.
+    alphas_cumprod: [T], T >= 2. ValueError: lam outside [0.5, 1], or T < 2.
+    """
+    if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 2:
+        raise ValueError(f"lam must lie in [0.5, 1] and T be at least 2, got {lam}, {len(alphas_cumprod)}")
+    g = torch.gradient(1 - alphas_cumprod.double())[0]
+    g = (g - g.min()) / (g.max() - g.min()).clamp(min=1e-12)
+    return ((1 - lam) + (2 * lam - 1) * g).to(alphas_cumprod.dtype)
+
+
+def min_snr_weights(alphas_cumprod, gamma=5.0):
+    """Min-SNR-gamma for epsilon prediction, [T]: min(SNR, gamma) / SNR, SNR = ab / (1 - ab), arXiv:2303.09556."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return snr.clamp(max=gamma) / snr
+
+
+def p2_weights(alphas_cumprod, k=1.0, gamma=1.0):
+    """P2 weighting, [T]: 1 / (k + SNR)^gamma, SNR = ab / (1 - ab), arXiv:2204.00227."""
+    return (k + alphas_cumprod / (1 - alphas_cumprod)) ** -gamma
+
+
+def normalize_weights(weights, probs):
+    """weights [T] scaled so that sum(probs * result) = 1, probs [T] being the sampler's.
+
+    The expected weight is then 1 and a learning rate means the same for every sampler and weight. Our choice.
+    """
+    return weights / (probs.to(weights.device) * weights).sum()
+
+
+def momentum_decay(progress, beta1=0.9):
+    """Momentum decay with learning-rate compensation (MDLRC): (beta1, lr_scale) at progress = n / N in [0, 1].
+
+        beta1(s) = b (1 - s) / ((1 - b) + b (1 - s)),    lr_scale(s) = (1 - b) / (1 - beta1(s)) = 1 - b s
+
+    Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1)
+    stays constant, so that updates are not amplified. Xu et al., arXiv:2404.07946: the idea is in its abstract,
+    the compensation and b = 0.9 come from third-party readings; the rule for beta1 is Demon's (Chen et al.,
+    arXiv:1910.04952). Write both into the optimiser's param_groups at every step. Cost: none.
+    Note that this is a linear decay of the learning rate to 1 - b too. ValueError: beta1 outside [0, 1).
+    """
+    if not 0 <= beta1 < 1:
+        raise ValueError(f"beta1 must lie in [0, 1), got {beta1}")
+    left = beta1 * (1 - progress)
+    return left / ((1 - beta1) + left), 1 - beta1 * progress
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3 U-Net
+# ---------------------------------------------------------------------------------------------------------
+
+
+def group_norm(channels):
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zero(module):
+    """Start at zero, so that the block it ends begins as the identity."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class ResBlock(nn.Module):
+    """[B, c_in, H, W] and the time embedding [B, emb] -> [B, c_out, H, W]."""
+
+    def __init__(self, c_in, c_out, emb, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = nn.Linear(emb, c_out)
+        self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x))) + self.time(emb)[:, :, None, None]
+        return self.skip(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over the H x W positions, heads of about 64 channels; keeps [B, C, H, W]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.heads = math.gcd(max(1, channels // 64), channels)
+        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).reshape(B, H * W, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, H W, C / heads]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return x + self.out(h)
+
+
+class UNet(nn.Module):
+    """DDPM's U-Net: model(x_t [B, C, H, W], t int64 [B]) -> eps [B, C, H, W].
+
+    Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way
+    up, at half the resolution of level i - 1. attention: the resolutions (feature map sides, for square images
+    of image_size) with self-attention; unless empty, the middle has it too. patch: images are folded to
+    1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
+    ValueError: an odd width, or an image_size that patch and the levels do not divide.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        width=128,
+        mults=(1, 2, 2, 2),
+        num_blocks=2,
+        attention=(16,),
+        dropout=0.0,
+        image_size=32,
+        patch=1,
+    ):
+        super().__init__()
+        shrink = patch * 2 ** (len(mults) - 1)
+        if width % 2 or image_size % shrink:
+            raise ValueError(
+                f"width must be even and the image size divide by {shrink}, got {width}, {image_size}"
+            )
+        self.width, self.patch, emb = width, patch, 4 * width
+        self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
+
+        def stage(c_in, c_out, size):
+            attend = SelfAttention(c_out) if size in attention else nn.Identity()
+            return nn.ModuleList([ResBlock(c_in, c_out, emb, dropout), attend])
+
+        size, channels, skips = image_size // patch, width, [width]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, mult in enumerate(mults):
+            if level:
+                self.down.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
+                skips.append(channels)
+                size //= 2
+            for _ in range(num_blocks):
+                self.down.append(stage(channels, width * mult, size))
+                channels = width * mult
+                skips.append(channels)
+        self.middle1 = ResBlock(channels, channels, emb, dropout)
+        self.middle2 = SelfAttention(channels) if attention else nn.Identity()
+        self.middle3 = ResBlock(channels, channels, emb, dropout)
+        for level, mult in reversed(list(enumerate(mults))):
+            for _ in range(num_blocks + 1):
+                self.up.append(stage(channels + skips.pop(), width * mult, size))
+                channels = width * mult
+            if level:
+                self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
+                size *= 2
+        self.norm = group_norm(channels)
+        self.head = zero(nn.Conv2d(channels, in_channels * patch**2, 3, padding=1))
+
+    def time_embedding(self, t):
+        """Sinusoids [B, width] of t [B]."""
+        frequencies = torch.exp(
+            torch.arange(self.width // 2, device=t.device) * (-2 * math.log(10_000) / self.width)
+        )
+        angles = t.float()[:, None] * frequencies
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+    def forward(self, x, t):
+        emb = self.time(self.time_embedding(t))
+        h = self.stem(F.pixel_unshuffle(x, self.patch))
+        skips = [h]
+        for block in self.down:
+            h = block[1](block[0](h, emb)) if isinstance(block, nn.ModuleList) else block(h)
+            skips.append(h)
+        h = self.middle3(self.middle2(self.middle1(h, emb)), emb)
+        for block in self.up:
+            if isinstance(block, nn.ModuleList):
+                h = block[1](block[0](torch.cat([h, skips.pop()], 1), emb))
+            else:
+                h = block(F.interpolate(h, scale_factor=2.0))
+        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4 Data: every data set becomes one uint8 tensor [N, C, size, size] to train on and one held out
+# ---------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: main prints it as one line and exits with status 2."""
+
+
+def refuse(condition, message):
+    if condition:
+        raise UserError(message)
+
+
+def render_digits(count, size=16, seed=0):
+    """Digits in Pillow's own font, white on black, at random size, place and angle; the seed fixes them.
+
+    Returns images uint8 [count, 1, size, size] and labels int64 [count].
+    """
+    rng = random.Random(seed)
+    canvas = 4 * size  # drawn four times as large, so that strokes are smooth
+    fonts = [ImageFont.load_default(canvas * s / 64) for s in range(52, 77, 3)]
+    images, labels = np.empty((count, 1, size, size), np.uint8), np.empty(count, np.int64)
+    for i in range(count):
+        labels[i] = rng.randrange(10)
+        place = [canvas / 2 + rng.uniform(-canvas, canvas) / 16 for _ in "xy"]
+        image = Image.new("L", (canvas, canvas))
+        ImageDraw.Draw(image).text(place, str(labels[i]), fill=255, font=rng.choice(fonts), anchor="mm")
+        image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+        images[i, 0] = image.resize((size, size), Image.Resampling.BOX)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def read_images(open_image, count, size):
+    """uint8 [count, C, size, size] from open_image(i) -> PIL image, centre-cropped; C = 1 if all are grey."""
+
+    def read(i):
+        image = ImageOps.exif_transpose(open_image(i)).convert("RGB")
+        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+    images, grey = torch.empty((count, 3, size, size), dtype=torch.uint8), True
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(read, range(count)), "reading images", count, unit="img", leave=False)
+        for i, pixels in enumerate(bar):
+            grey = grey and (pixels == pixels[..., :1]).all()
+            images[i] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    return images[:, :1].clone() if grey else images
+
+
+def read_folder(folder, size):
+    """Every image file below folder, in the order of their paths."""
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {folder}: no such folder")
+    endings = torchvision.datasets.folder.IMG_EXTENSIONS
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    if not paths:
+        raise UserError(f"--data-dir {folder}: no images ({' '.join(endings)}) in it or below it")
+
+    def open_image(i):
+        try:
+            image = Image.open(paths[i])
+            image.load()
+        except Exception as error:  # Pillow's readers raise many kinds
+            raise UserError(f"{paths[i]} cannot be read as an image ({error}): mend or remove it") from error
+        return image
+
+    return read_images(open_image, len(paths), size)
+
+
+def load_dataset(name, data_dir, size):
+    """(train, held_out), both uint8 [N, C, size, size], on the CPU.
+
+    Held out: the test split where there is one (CelebA: its validation split), else 5% (at least 256) at the
+    end of a fixed shuffle, so that a folder sorted by class is held out evenly. UserError says what is wrong.
+    """
+    if name in ("digits", "folder"):
+        images = render_digits(10_240, size)[0] if name == "digits" else read_folder(Path(data_dir), size)
+        held_out = max(256, len(images) // 20)
+        if len(images) <= held_out:
+            raise UserError(
+                f"--data-dir {data_dir}: {len(images)} images, of which 256 are held out: too few"
+            )
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        return images[order[:-held_out]], images[order[-held_out:]]
+    datasets = torchvision.datasets
+    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
+    try:
+        if name == "celeba":
+            parts = [datasets.CelebA(data_dir, split=split, download=True) for split in ("train", "valid")]
+        else:
+            parts = [kinds[name](data_dir, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # no network, a full disk, a missing gdown, a checksum: torchvision says which
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name} is not in {data_dir} and could not be downloaded ({reason}): put its files there as "
+            f"torchvision expects them, or use --dataset folder or digits"
+        ) from error
+    train, held_out = (read_images(lambda i, part=part: part[i][0], len(part), size) for part in parts)
+    return train, held_out
+
+
+def to_float(images):
+    """uint8 0..255 -> float32 in [-1, 1], channels_last."""
+    return (images.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5 Evaluation and pictures
+# ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, diffusion, images, count=1024):
+    """(val_mse, val_vlb) of model on held-out uint8 images, with evenly spaced t and fixed noise.
+
+    val_mse: epsilon-MSE, mean over t. val_vlb: sum over t of vlb_coefficients[t] times the MSE at t, in bits per
+    dimension: the part of the variational bound that depends on the model, without its constants.
+    """
+    device = images.device
+    which = torch.arange(count, device=device) % len(images)
+    times = torch.linspace(0, diffusion.timesteps - 1, count, dtype=torch.float64).round().long().to(device)
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for i, t in zip(which.split(128), times.split(128)):
+        x0 = to_float(images[i])
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        eps = model(diffusion.q_sample(x0, t, noise), t).float()
+        errors.append((eps - noise).square().flatten(1).mean(1))
+    errors = torch.cat(errors)
+    bound = diffusion.timesteps * (errors * diffusion.vlb_coefficients[times]).mean()
+    return errors.mean().item(), bound.item()
+
+
+def write_whole(path, write):
+    """write(temporary path), then rename: path holds the old content or the new, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def save_grid(images, path):
+    """A PNG of at most 64 images in [-1, 1], eight in a row, small ones enlarged."""
+    images = F.interpolate(images[:64].float().cpu(), scale_factor=max(1, 64 // images.shape[-1]))
+    pixels = make_grid(images, 8, normalize=True, value_range=(-1, 1), pad_value=0.5)
+    picture = to_pil_image(pixels)
+    write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+def save_timesteps(drawn, steps, path):
+    """A heat map of the timesteps drawn: drawn [columns, T] counts, column by column as training went on."""
+    T = drawn.shape[1]
+    density = F.adaptive_avg_pool1d(drawn.float().cpu(), min(100, T))
+    density = (density / density.mean(1, keepdim=True).clamp(min=1e-9)).T.flip(0).numpy()
+    colours = (
+        (255, 255, 255),
+        (125, 175, 220),
+        (20, 60, 130),
+        (10, 10, 50),
+    )  # at 0, 1, 2 and 4 times uniform
+    picture = Image.new("RGB", (700, 400), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+
+    def paint(values, box):
+        rgb = np.stack([np.interp(values, (0, 1, 2, 4), channel) for channel in zip(*colours)], -1)
+        size = box[2] - box[0], box[3] - box[1]
+        picture.paste(Image.fromarray(rgb.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), box[:2])
+        draw.rectangle(box, outline="black")
+
+    paint(density, (60, 40, 600, 350))
+    paint(np.linspace(4, 0, 100)[:, None], (630, 40, 650, 350))
+    draw.text((60, 15), "Timesteps drawn, as multiples of uniform", "black", font)
+    for text, y in ((f"{T - 1}", 40), ("t", 195), ("0", 350)):
+        draw.text((50, y), text, "black", font, anchor="rm")
+    for text, x in (("0", 60), ("training step", 330), (f"{steps}", 600)):
+        draw.text((x, 365), text, "black", font, anchor="mt")
+    for value in (0, 1, 2, 3, 4):
+        draw.text((660, 350 - 310 * value / 4), f"{value}x", "black", font, anchor="lm")
+    write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6 Training
+# ---------------------------------------------------------------------------------------------------------
+
+LOG_EVERY = 25  # steps: reading the loss waits for the device
+COLUMNS = 100  # of the picture of the timesteps
+METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
+MODEL = ("width", "mults", "num_blocks", "attention", "dropout", "image_size", "patch")
+
+
+def build_model(args, channels):
+    """The U-Net and the diffusion of these settings, on their device."""
+    model = UNet(channels, **{name: getattr(args, name) for name in MODEL})
+    model = model.to(args.device, memory_format=torch.channels_last)
+    return model, GaussianDiffusion(args.schedule, args.timesteps, args.device)
+
+
+def build_strategy(args, alphas_cumprod, channels):
+    """The timestep sampler and the raw loss weights [T] of these settings."""
+    if args.strategy == "uniform":
+        sampler = UniformSampler(args.timesteps)
+    elif args.strategy == "logit-normal":
+        sampler = LogitNormalSampler(args.timesteps)
+    elif args.strategy == "speed":
+        sampler = SpeeDSampler(alphas_cumprod, args.speed_k, args.speed_tau)
+    elif args.strategy == "curriculum":
+        sampler = CurriculumSampler(args.timesteps, args.steps, args.curriculum_mu, args.curriculum_sigma)
+    else:
+        names = ("every", "selected", "queue", "probe", "lr", "entropy")
+        options = {name: getattr(args, f"adaptive_{name}") for name in names}
+        sampler = AdaptiveSampler(alphas_cumprod, channels, **options)
+
+    weighting = args.weighting
+    if weighting == "auto":
+        weighting = "change-aware" if args.strategy == "speed" else "none"
+    if weighting == "none":
+        weights = torch.ones_like(alphas_cumprod)
+    elif weighting == "change-aware":
+        weights = change_aware_weights(alphas_cumprod, args.speed_lam)
+    elif weighting == "min-snr":
+        weights = min_snr_weights(alphas_cumprod, args.min_snr_gamma)
+    else:
+        weights = p2_weights(alphas_cumprod, args.p2_k, args.p2_gamma)
+    return sampler, weights
+
+
+def make_autocast(args):
+    """(a function that makes the autocast context, whether its fp16 needs loss scaling)."""
+    device, amp = torch.device(args.device), args.amp
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    enabled = amp in ("bf16", "fp16")  # auto is off on a CPU: bf16 pays only on one made for it
+    return functools.partial(torch.autocast, device.type, dtype, enabled=enabled), amp == "fp16"
+
+
+def new_folder(out, default):
+    """Make and return the folder out, which must be new or empty; without one default, default-2 ..."""
+    try:
+        if out:
+            os.makedirs(out, exist_ok=True)
+            return Path(out)
+        for number in itertools.count(1):
+            path = default if number == 1 else default.with_name(f"{default.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                return path
+    except OSError as error:
+        raise UserError(f"no folder for the results ({error}): name another with --out") from error
+
+
+def start_run(args):
+    """The run's new folder with its config.json and an empty metrics.csv."""
+    weighting = [] if args.weighting == "auto" else [args.weighting]
+    name = "-".join([args.dataset, args.strategy, *weighting, *["momentum-decay"] * args.momentum_decay])
+    folder = new_folder(args.out, Path("runs") / name)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    (folder / "config.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
+    (folder / "metrics.csv").write_text(",".join(METRICS) + "\n")
+    return folder
+
+
+def drop_rows_after(step, path):
+    """Cut metrics.csv back to the checkpoint: the rows of the steps after it will be written again."""
+    header, *rows = path.read_text().splitlines(keepends=True)
+    kept = [row for row in rows if int(row.split(",")[0]) <= step]
+    write_whole(path, lambda temporary: temporary.write_text(header + "".join(kept)))
+
+
+def load_checkpoint(path):
+    """A checkpoint of this script, a dict, its tensors on the CPU. UserError when it is anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model, _ = build_model(
+            argparse.Namespace(**checkpoint["args"] | {"device": "cpu"}), checkpoint["channels"]
+        )
+        model.load_state_dict(checkpoint["model"])
+    except Exception as error:  # cut off, of another program, pickled code: each raises its own kind
+        raise UserError(
+            f"{path} is cut off or no checkpoint of this script ({type(error).__name__})"
+        ) from error
+    return checkpoint
+
+
+def generate(args):
+    """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
+    checkpoint = load_checkpoint(Path(args.checkpoint))
+    run = argparse.Namespace(**checkpoint["args"] | {"device": args.device})
+    steps = args.sampling_steps or min(50, run.timesteps)
+    if steps > run.timesteps:
+        raise UserError(f"--sampling-steps {steps}: this model has {run.timesteps} timesteps")
+    autocast, _ = make_autocast(args)
+    model, diffusion = build_model(run, checkpoint["channels"])
+    ema = AveragedModel(model).eval()
+    ema.load_state_dict(checkpoint["ema"])
+    folder = new_folder(args.out, Path(args.checkpoint).parent / "generated")
+    generator, first = torch.Generator().manual_seed(args.seed), []
+    with tqdm(total=args.generate, unit="img", desc="generating") as bar:
+        while bar.n < args.generate:
+            shape = min(args.batch_size or 256, args.generate - bar.n), checkpoint["channels"]
+            shape += run.image_size, run.image_size
+            with autocast():
+                images = diffusion.sample(ema, shape, args.method, steps, args.eta, generator).cpu()
+            for number, image in enumerate(images, bar.n):
+                save_image(image, folder / f"{number:06d}.png", normalize=True, value_range=(-1, 1))
+            first += images[: 64 - len(first)]
+            bar.update(len(images))
+    save_grid(torch.stack(first), folder / "grid.png")
+    print(f"{args.generate} images and grid.png in {folder}")
+
+
+def train(args, folder=None, checkpoint=None):
+    """Train as args say: from the beginning into a new folder, or on from a checkpoint in its own."""
+    device = torch.device(args.device)
+    autocast, fp16 = make_autocast(args)
+    images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
+    count, channels, *size = images.shape
+    if args.batch_size > count:
+        raise UserError(f"--batch-size {args.batch_size} is more than the {count} training images")
+    if checkpoint and channels != checkpoint["channels"]:
+        raise UserError(
+            f"{args.data_dir}: images of {channels} channels, the run has {checkpoint['channels']}"
+        )
+    images, held_out = images.to(device), held_out.to(device)
+
+    torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
+    model, diffusion = build_model(args, channels)
+    sampler, raw_weights = build_strategy(args, diffusion.alphas_cumprod, channels)
+    adaptive = args.strategy == "adaptive"
+    ema = AveragedModel(model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+    drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    parts |= {"sampler": sampler} if adaptive else {}
+    start, seconds = 0, 0.0
+    if checkpoint:
+        start, seconds = checkpoint["step"], checkpoint["seconds"]
+        drawn.copy_(checkpoint["drawn"])
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        drop_rows_after(start, folder / "metrics.csv")
+    else:
+        folder = start_run(args)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on and {len(held_out)} held out")
+    print(f"U-Net of {millions:.2f}M parameters on {device}, steps {start} to {args.steps}")
+
+    def ema_predict(x_t, t):
+        with autocast():
+            return ema(x_t, t)
+
+    per_epoch = count // args.batch_size
+    loss_sum, logged = torch.zeros((), device=device), start
+    bar = tqdm(
+        desc=args.strategy, total=args.steps, initial=start, unit="img", unit_scale=float(args.batch_size)
+    )
+    clock = time.perf_counter()
+    for step in range(start, args.steps):
+        # All randomness follows from the seed and the step: a resumed run draws what the unbroken one would,
+        # and every strategy sees the same images, flips and noise, because these come before its own draw.
+        epoch, batch = divmod(step, per_epoch)
+        if batch == 0 or step == start:
+            shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+            order = torch.randperm(count, generator=shuffle).to(device)
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        x0 = to_float(images[order[batch * args.batch_size : (batch + 1) * args.batch_size]])
+        if args.flip:
+            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
+        noise = torch.randn_like(x0)
+        t = sampler.sample(x0, step)
+        drawn[step * COLUMNS // args.steps].scatter_add_(0, t, torch.ones_like(t, dtype=torch.int32))
+
+        with autocast():
+            eps = model(diffusion.q_sample(x0, t, noise), t)
+        mse = (eps.float() - noise).square().flatten(1).mean(1)
+        loss = (normalize_weights(raw_weights, sampler.probs)[t] * mse).mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+
+        progress = step / args.steps if args.momentum_decay else 0.0
+        beta1, lr_scale = momentum_decay(progress, args.beta1)
+        lr = args.lr * lr_scale * min(1.0, (step + 1) / args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"], group["betas"] = lr, (beta1, 0.999)
+        if adaptive:
+            with autocast():
+                sampler.before_update(model, step)
+        scaler.step(optimizer)
+        scaler.update()
+        if adaptive:
+            with autocast():
+                sampler.after_update(model)
+        # The average forgets the random start: its decay grows to the final value over the first steps.
+        ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + step) / (10 + step)))
+        ema.update_parameters(model)
+        loss_sum += loss.detach()
+        bar.update()
+
+        done = step + 1
+        measure = done % args.eval_every == 0 or done == args.steps
+        if not measure and done % LOG_EVERY:
+            continue
+        mean_loss = loss_sum.item() / (done - logged)
+        loss_sum, logged = torch.zeros_like(loss_sum), done
+        seconds += time.perf_counter() - clock  # of training alone: what follows is not counted
+        bar.set_postfix(loss=f"{mean_loss:.4f}")
+        row = [done, done * args.batch_size, f"{seconds:.2f}", *(f"{v:.6g}" for v in (mean_loss, lr, beta1))]
+        if measure:
+            val_mse, val_vlb = evaluate(ema_predict, diffusion, held_out)
+            row += [f"{val_mse:.6g}", f"{val_vlb:.6g}"]
+            settings = args.method, args.sampling_steps, args.eta, torch.Generator().manual_seed(0)
+            save_grid(diffusion.sample(ema_predict, (64, channels, *size), *settings), folder / "samples.png")
+            save_timesteps(drawn, args.steps, folder / "timesteps.png")
+            state = {
+                "args": vars(args),
+                "channels": channels,
+                "step": done,
+                "seconds": seconds,
+                "drawn": drawn,
+            }
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            write_whole(folder / "checkpoint.pt", functools.partial(torch.save, state))
+        with open(folder / "metrics.csv", "a") as file:
+            file.write(",".join(map(str, row)) + "," * (len(METRICS) - len(row)) + "\n")
+        clock = time.perf_counter()
+    bar.close()
+    print(f"{seconds:.0f} s of training: val_mse {val_mse:.5f}, val_vlb {val_vlb:.4f} bits per dimension")
+    print(f"samples and all else in {folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7 Command line
+# ---------------------------------------------------------------------------------------------------------
+
+# What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes;
+# cifar10: the setting of the adaptive sampler's authors; the others are scaled from these two.
+# fmt: off
+PER_DATASET = ("image_size", "patch", "width", "mults", "num_blocks", "attention", "dropout",
+               "steps", "batch_size", "lr", "warmup", "ema_decay", "eval_every", "flip")
+DATASETS = {
+    "digits":        (16, 2,  64, [1, 1],       1, [4],  0.0,   3_000,  64, 2e-3,   100, 0.995,  1_000, False),
+    "mnist":         (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, False),
+    "fashion-mnist": (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, True),
+    "cifar10":       (32, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 100_000, 128, 2e-4, 5_000, 0.9999, 5_000, True),
+    "celeba":        (64, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 200_000,  64, 1e-4, 5_000, 0.9999, 5_000, True),
+    "folder":        (32, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 100_000, 128, 2e-4, 5_000, 0.9999, 5_000, True),
+}
+# fmt: on
+STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
+WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def within(kind, interval):
+    """An argparse type: int or float in an interval written as "[0, 1)". nan is in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        if (
+            not low <= value <= high
+            or (value, interval[0]) == (low, "(")
+            or (value, interval[-1]) == (high, ")")
+        ):
+            raise argparse.ArgumentTypeError(f"must lie in {interval}, got {text}")
+        return value
+
+    return parse
+
+
+def make_parser():
+    parser = Parser("speedup_diffusion.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    whole, real = functools.partial(within, int), functools.partial(within, float)
+    count = whole("[1, 1000000000]")
+
+    def add_flag(group, flag, kind, help, default=None, **more):
+        """kind: a tuple of choices, or what turns text into the value. No default: the data set's, if any."""
+        if (name := flag[2:].replace("-", "_")) in PER_DATASET:
+            values = {}
+            for dataset, row in DATASETS.items():
+                values.setdefault(str(row[PER_DATASET.index(name)]), []).append(dataset)
+            default_text = "; ".join(f"{value} for {', '.join(names)}" for value, names in values.items())
+        else:
+            default_text = default
+        help += "" if default_text is None else f" (default: {default_text})"
+        kind = {"choices": kind} if isinstance(kind, tuple) else {"type": kind} if kind else {}
+        group.add_argument(flag, default=default, help=help, **kind, **more)
+
+    def group(title):
+        return functools.partial(add_flag, parser.add_argument_group(title))
+
+    add = group("method")
+    add("--strategy", STRATEGIES, "how timesteps are drawn", "uniform")
+    add("--weighting", WEIGHTINGS, "loss weights; auto: change-aware for speed, else none", "auto")
+    add(
+        "--momentum-decay",
+        None,
+        "lower beta1 and lr together as training goes on",
+        False,
+        action="store_true",
+    )
+    add("--speed-k", real("[1, 1e6]"), "SpeeD: t < tau is drawn k times as often", 5.0)
+    add("--speed-tau", count, "SpeeD: 1..T (default: the number of t with alphas_cumprod >= 0.0069)")
+    add("--speed-lam", real("[0.5, 1]"), "change-aware weights lie in [1 - lam, lam]", 0.6)
+    add("--curriculum-mu", real("[0, 1]"), "curriculum: centre of the Gaussian, in units of T", 0.3)
+    add("--curriculum-sigma", real("(0, 1e3]"), "curriculum: its width, in units of T", 0.5)
+    add("--adaptive-every", count, "adaptive: steps between updates of the policy", 40)
+    add("--adaptive-selected", count, "adaptive: timesteps that make the reward, |S|", 3)
+    add("--adaptive-queue", whole("[3, 1e5]"), "adaptive: probes that S is chosen from", 20)
+    add("--adaptive-probe", count, "adaptive: timesteps a probe measures; T or more for all", 100)
+    add("--adaptive-lr", real("(0, 10]"), "adaptive: learning rate of the policy", 1e-2)
+    add("--adaptive-entropy", real("[0, 1e3]"), "adaptive: weight of the policy's entropy", 1e-2)
+    add("--min-snr-gamma", real("(0, 1e6]"), "min-snr: the SNR above which the weight falls", 5.0)
+    add("--p2-k", real("(0, 1e6]"), "p2: k of 1 / (k + SNR)^gamma", 1.0)
+    add("--p2-gamma", real("[0, 100]"), "p2: gamma", 1.0)
+
+    add = group("data")
+    add("--dataset", tuple(DATASETS), "digits are rendered here, folder is your own images", "digits")
+    add("--data-dir", str, "where the images are, or are downloaded to", "data")
+    add("--image-size", whole("[4, 1024]"), "side of the square images")
+    add("--flip", None, "mirror half of the training images", action=argparse.BooleanOptionalAction)
+
+    add = group("diffusion and model")
+    add("--schedule", ("linear", "cosine", "quad"), "how fast the noise grows", "linear")
+    add("--timesteps", whole("[1, 1e5]"), "T", 1000)
+    add("--width", whole("[2, 4096]"), "channels of the first level")
+    add("--mults", whole("[1, 64]"), "channels of each level, in units of width", nargs="+", metavar="M")
+    add("--num-blocks", whole("[1, 16]"), "residual blocks of a level")
+    add("--attention", count, "feature map sides with attention; no value: none", nargs="*", metavar="SIDE")
+    add("--dropout", real("[0, 1)"), "in the residual blocks")
+    add("--patch", whole("[1, 64]"), "pixel-unshuffle factor in front of the U-Net")
+
+    add = group("training")
+    add("--steps", count, "training steps")
+    add("--batch-size", whole("[1, 1e6]"), "images a step")
+    add("--lr", real("(0, 100]"), "learning rate of AdamW, constant after the warm-up")
+    add("--beta1", real("[0, 1)"), "AdamW's momentum", 0.9)
+    add("--warmup", count, "steps to the full learning rate")
+    add("--ema-decay", real("[0, 1)"), "of the weight average that is evaluated and sampled")
+    add("--grad-clip", real("(0, 1e6]"), "largest gradient norm", 1.0)
+    add("--seed", whole("[0, 2147483647]"), "of model, order, noise and timesteps", 0)
+    add("--eval-every", count, "steps between measurements, samples and checkpoints")
+    add("--device", str, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add(
+        "--amp",
+        ("auto", "off", "bf16", "fp16"),
+        "auto: bf16, or fp16 on a GPU without it; off on a CPU",
+        "auto",
+    )
+
+    add = group("sampling")
+    add("--method", ("ddim", "ddpm"), "ddpm visits every timestep", "ddim")
+    add("--sampling-steps", count, "timesteps ddim visits (default: 50, or T if that is less)")
+    add("--eta", real("[0, 1]"), "noise of ddim: 0 none, 1 as much as ddpm", 0.0)
+
+    add = group("files")
+    add("--out", str, "folder of the results, new or empty (default: runs/<dataset>-<strategy>...)")
+    add("--resume", str, "go on with the run in this folder, with its own settings", metavar="RUN")
+    add("--generate", count, "write N samples of --checkpoint as PNG files, train nothing", metavar="N")
+    add("--checkpoint", str, "the checkpoint to generate from", metavar="FILE")
+    return parser
+
+
+def parse_args(argv):
+    """(settings with all defaults filled in, the set of names that were given). UserError where they clash."""
+    parser = make_parser()
+    args, unset = parser.parse_args(argv), object()
+    bare = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    given = {name for name, value in vars(bare).items() if value is not unset}
+
+    def refuse_beside(flag, allowed, why):
+        others = ", ".join("--" + name.replace("_", "-") for name in sorted(given - allowed - {flag}))
+        refuse(flag in given and others, f"--{flag} {why}: drop {others}")
+
+    refuse_beside("resume", {"device", "data_dir"}, "goes on with the run's own settings")
+    sampling = {"checkpoint", "out", "method", "sampling_steps", "eta", "seed", "batch_size", "device", "amp"}
+    refuse_beside("generate", sampling, "trains nothing")
+    refuse(("generate" in given) != ("checkpoint" in given), "--generate N and --checkpoint FILE go together")
+    fixed = args.method == "ddpm" and given & {"sampling_steps", "eta"}
+    refuse(fixed, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = args.device.partition(":")
+    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdecimal()))
+    refuse(not known, f"--device {args.device}: use cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count()
+    refuse(
+        kind == "cuda" and int(index or 0) >= gpus, f"--device {args.device}: torch sees {gpus} GPUs; use cpu"
+    )
+    refuse(kind == "cpu" and args.amp == "fp16", "--amp fp16 needs a GPU: use bf16 or off on a CPU")
+    refuse(args.out == "", "--out needs a name")
+    out = Path(args.out or "runs")
+    refuse(out.exists() and not out.is_dir(), f"{out} is a file: name a folder with --out")
+    refuse(args.out and out.is_dir() and any(out.iterdir()), f"--out {out} is not empty: name a new folder")
+    if args.resume or args.generate:
+        return args, given
+
+    for name, value in zip(PER_DATASET, DATASETS[args.dataset]):
+        if name not in given:
+            setattr(args, name, value)
+    T, probed = args.timesteps, min(args.timesteps, args.adaptive_probe)
+    refuse(args.dataset == "folder" and "data_dir" not in given, "--dataset folder needs --data-dir FOLDER")
+    refuse(args.speed_tau and args.speed_tau > T, f"--speed-tau {args.speed_tau} must lie in 1..{T}")
+    change_aware = args.weighting == "change-aware" or (args.strategy, args.weighting) == ("speed", "auto")
+    refuse(change_aware and T < 2, "change-aware weights need at least 2 timesteps")
+    too_many = args.strategy == "adaptive" and args.adaptive_selected > probed
+    refuse(too_many, f"--adaptive-selected {args.adaptive_selected} exceeds the {probed} timesteps probed")
+    args.sampling_steps = args.sampling_steps or min(50, T)
+    refuse(args.sampling_steps > T, f"--sampling-steps {args.sampling_steps} must lie in 1..{T}")
+    refuse(args.width % 2, f"--width {args.width} must be even")
+    shrink = args.patch * 2 ** (len(args.mults) - 1)
+    refuse(
+        args.image_size % shrink, f"--image-size {args.image_size} must divide by {shrink} (patch, levels)"
+    )
+    sides = [args.image_size // args.patch // 2**level for level in range(len(args.mults))]
+    refuse(
+        set(args.attention) - set(sides), f"--attention {args.attention}: the feature map sides are {sides}"
+    )
+    return args, given
+
+
+def main(argv=None):
+    """Exit status: 0, or 2 for what the user can mend, or 130 after Ctrl-C."""
+    try:
+        args, given = parse_args(argv)
+        if args.generate:
+            generate(args)
+        elif args.resume:
+            folder = Path(args.resume)
+            checkpoint = load_checkpoint(folder / "checkpoint.pt")
+            settings = checkpoint["args"] | {"device": args.device}
+            settings |= {"data_dir": args.data_dir} if "data_dir" in given else {}
+            refuse(
+                checkpoint["step"] >= settings["steps"],
+                f"{folder} has done all of its {settings['steps']} steps",
+            )
+            train(argparse.Namespace(**settings), folder, checkpoint)
+        else:
+            train(args)
+    except UserError as error:
+        print(f"speedup_diffusion.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped: --resume RUN goes on from the run's last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
