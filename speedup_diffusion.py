@@ -272,11 +272,8 @@ class AdaptiveSampler:
         self.alphas_cumprod, self.every, self.entropy = alphas_cumprod, every, entropy
         layers = []
         for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
-            layers += [
-                torch.nn.Conv2d(c_in, c_out, 3, padding=1),
-                torch.nn.ReLU(),
-                torch.nn.MaxPool2d(2, ceil_mode=True),
-            ]
+            conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1)
+            layers += [conv, torch.nn.ReLU(), torch.nn.MaxPool2d(2, ceil_mode=True)]
         layers += [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
         for c_in in (128 * 4 * 4, 256):
             layers += [torch.nn.Linear(c_in, 256), torch.nn.ReLU()]
@@ -293,21 +290,25 @@ class AdaptiveSampler:
 
     @staticmethod
     def beta_probs(a, b, T):
-        """[T]: the probability that round(u (T - 1)) is t, u ~ Beta(a_i, b_i), mean over i; a, b [n]."""
+        """[T]: the probability that round(u (T - 1)) is t, u ~ Beta(a_i, b_i), mean over i; a, b [n].
+
+        To 1e-5 for T >= 100. The distribution function of Beta(a, b) is a closed form plus that of
+        Beta(a + 1, b + 1), whose density has no poles, so that three Gauss-Legendre nodes a bin will do.
+        """
         a, b = a.double()[:, None], b.double()[:, None]
+        log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+        def kernel(u):  # u^a (1 - u)^b / B(a, b)
+            return torch.exp(torch.special.xlogy(a, u) + torch.special.xlog1py(b, -u) - log_beta)
+
         edges = ((torch.arange(T + 1, dtype=a.dtype, device=a.device) - 0.5) / max(1, T - 1)).clamp(0, 1)
         edges[-1] = 1  # for T = 1
-        beta = torch.exp(torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b))
-        # The distribution function of Beta(a, b) is that of Beta(a + 1, b + 1), whose density has no poles,
-        # plus this closed form (the recurrences of the incomplete beta function).
-        closed = edges**a * (1 - edges) ** b * (b - (a + b) * edges) / (a * b * beta)
         middle, half = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
-        smooth = 0
-        for node, weight in ((-(0.6**0.5), 5 / 9), (0.0, 8 / 9), (0.6**0.5, 5 / 9)):  # Gauss-Legendre
-            u = middle + half * node
-            smooth = smooth + weight * half * u**a * (1 - u) ** b
-        smooth = smooth * (a + b) * (a + b + 1) / (a * b * beta)
-        probs = (closed.diff() + smooth).clamp(min=0).mean(0)
+        nodes = ((-(0.6**0.5), 5 / 9), (0.0, 8 / 9), (0.6**0.5, 5 / 9))
+        smooth = sum(weight * half * kernel(middle + node * half) for node, weight in nodes)
+        closed = kernel(edges) * (b - (a + b) * edges)
+        probs = (closed.diff() + (a + b) * (a + b + 1) * smooth) / (a * b)
+        probs = probs.clamp(min=0).mean(0)
         return (probs / probs.sum()).float()
 
     def concentrations(self, x0):
@@ -452,7 +453,8 @@ def momentum_decay(progress, beta1=0.9):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """At most 32 groups, of at least 4 channels: one alone would lose the time embedding, a constant to it."""
+    return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels)
 
 
 def zero(module):
@@ -495,6 +497,18 @@ class SelfAttention(nn.Module):
         return x + self.out(h)
 
 
+class Stage(nn.Module):
+    """A residual block, and self-attention after it where attend is true."""
+
+    def __init__(self, c_in, c_out, emb, dropout, attend):
+        super().__init__()
+        self.res = ResBlock(c_in, c_out, emb, dropout)
+        self.attention = SelfAttention(c_out) if attend else nn.Identity()
+
+    def forward(self, x, emb):
+        return self.attention(self.res(x, emb))
+
+
 class UNet(nn.Module):
     """DDPM's U-Net: model(x_t [B, C, H, W], t int64 [B]) -> eps [B, C, H, W].
 
@@ -505,30 +519,17 @@ class UNet(nn.Module):
     ValueError: an odd width, or an image_size that patch and the levels do not divide.
     """
 
-    def __init__(
-        self,
-        in_channels,
-        width=128,
-        mults=(1, 2, 2, 2),
-        num_blocks=2,
-        attention=(16,),
-        dropout=0.0,
-        image_size=32,
-        patch=1,
-    ):
+    def __init__(self, in_channels, width, mults, num_blocks, attention, dropout, image_size=32, patch=1):
         super().__init__()
         shrink = patch * 2 ** (len(mults) - 1)
         if width % 2 or image_size % shrink:
-            raise ValueError(
-                f"width must be even and the image size divide by {shrink}, got {width}, {image_size}"
-            )
+            raise ValueError(f"width {width} must be even and image_size {image_size} divide by {shrink}")
         self.width, self.patch, emb = width, patch, 4 * width
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
 
-        def stage(c_in, c_out, size):
-            attend = SelfAttention(c_out) if size in attention else nn.Identity()
-            return nn.ModuleList([ResBlock(c_in, c_out, emb, dropout), attend])
+        def stage(c_in, c_out):
+            return Stage(c_in, c_out, emb, dropout, attend=size in attention)
 
         size, channels, skips = image_size // patch, width, [width]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -538,15 +539,14 @@ class UNet(nn.Module):
                 skips.append(channels)
                 size //= 2
             for _ in range(num_blocks):
-                self.down.append(stage(channels, width * mult, size))
+                self.down.append(stage(channels, width * mult))
                 channels = width * mult
                 skips.append(channels)
-        self.middle1 = ResBlock(channels, channels, emb, dropout)
-        self.middle2 = SelfAttention(channels) if attention else nn.Identity()
-        self.middle3 = ResBlock(channels, channels, emb, dropout)
+        self.middle1 = Stage(channels, channels, emb, dropout, attend=bool(attention))
+        self.middle2 = ResBlock(channels, channels, emb, dropout)
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(num_blocks + 1):
-                self.up.append(stage(channels + skips.pop(), width * mult, size))
+                self.up.append(stage(channels + skips.pop(), width * mult))
                 channels = width * mult
             if level:
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
@@ -556,10 +556,10 @@ class UNet(nn.Module):
 
     def time_embedding(self, t):
         """Sinusoids [B, width] of t [B]."""
-        frequencies = torch.exp(
-            torch.arange(self.width // 2, device=t.device) * (-2 * math.log(10_000) / self.width)
+        half = self.width // 2
+        angles = t.float()[:, None] * torch.exp(
+            torch.arange(half, device=t.device) * (-math.log(10_000) / half)
         )
-        angles = t.float()[:, None] * frequencies
         return torch.cat([angles.cos(), angles.sin()], 1)
 
     def forward(self, x, t):
@@ -567,12 +567,12 @@ class UNet(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for block in self.down:
-            h = block[1](block[0](h, emb)) if isinstance(block, nn.ModuleList) else block(h)
+            h = block(h, emb) if isinstance(block, Stage) else block(h)
             skips.append(h)
-        h = self.middle3(self.middle2(self.middle1(h, emb)), emb)
+        h = self.middle2(self.middle1(h, emb), emb)
         for block in self.up:
-            if isinstance(block, nn.ModuleList):
-                h = block[1](block[0](torch.cat([h, skips.pop()], 1), emb))
+            if isinstance(block, Stage):
+                h = block(torch.cat([h, skips.pop()], 1), emb)
             else:
                 h = block(F.interpolate(h, scale_factor=2.0))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)
@@ -599,11 +599,11 @@ def render_digits(count, size=16, seed=0):
     """
     rng = random.Random(seed)
     canvas = 4 * size  # drawn four times as large, so that strokes are smooth
-    fonts = [ImageFont.load_default(canvas * s / 64) for s in range(52, 77, 3)]
+    fonts = [ImageFont.load_default(canvas * s / 64) for s in range(50, 73, 3)]
     images, labels = np.empty((count, 1, size, size), np.uint8), np.empty(count, np.int64)
     for i in range(count):
         labels[i] = rng.randrange(10)
-        place = [canvas / 2 + rng.uniform(-canvas, canvas) / 16 for _ in "xy"]
+        place = [canvas / 2 + rng.uniform(-canvas, canvas) / 20 for _ in "xy"]
         image = Image.new("L", (canvas, canvas))
         ImageDraw.Draw(image).text(place, str(labels[i]), fill=255, font=rng.choice(fonts), anchor="mm")
         image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
@@ -729,7 +729,7 @@ def save_grid(images, path):
 def save_timesteps(drawn, steps, path):
     """A heat map of the timesteps drawn: drawn [columns, T] counts, column by column as training went on."""
     T = drawn.shape[1]
-    density = F.adaptive_avg_pool1d(drawn.float().cpu(), min(100, T))
+    density = F.adaptive_avg_pool1d(drawn.float().cpu(), min(50, T))
     density = (density / density.mean(1, keepdim=True).clamp(min=1e-9)).T.flip(0).numpy()
     colours = (
         (255, 255, 255),
@@ -763,7 +763,7 @@ def save_timesteps(drawn, steps, path):
 # ---------------------------------------------------------------------------------------------------------
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
-COLUMNS = 100  # of the picture of the timesteps
+COLUMNS = 50  # of the picture of the timesteps
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 MODEL = ("width", "mults", "num_blocks", "attention", "dropout", "image_size", "patch")
 
@@ -1023,7 +1023,7 @@ def train(args, folder=None, checkpoint=None):
 PER_DATASET = ("image_size", "patch", "width", "mults", "num_blocks", "attention", "dropout",
                "steps", "batch_size", "lr", "warmup", "ema_decay", "eval_every", "flip")
 DATASETS = {
-    "digits":        (16, 2,  64, [1, 1],       1, [4],  0.0,   3_000,  64, 2e-3,   100, 0.995,  1_000, False),
+    "digits":        (16, 2,  48, [1, 1],       1, [4],  0.0,   2_000, 128, 2e-3,   100, 0.998,    500, False),
     "mnist":         (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, False),
     "fashion-mnist": (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, True),
     "cifar10":       (32, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 100_000, 128, 2e-4, 5_000, 0.9999, 5_000, True),
@@ -1084,13 +1084,7 @@ def make_parser():
     add = group("method")
     add("--strategy", STRATEGIES, "how timesteps are drawn", "uniform")
     add("--weighting", WEIGHTINGS, "loss weights; auto: change-aware for speed, else none", "auto")
-    add(
-        "--momentum-decay",
-        None,
-        "lower beta1 and lr together as training goes on",
-        False,
-        action="store_true",
-    )
+    add("--momentum-decay", None, "lower beta1 and lr as training goes on", False, action="store_true")
     add("--speed-k", real("[1, 1e6]"), "SpeeD: t < tau is drawn k times as often", 5.0)
     add("--speed-tau", count, "SpeeD: 1..T (default: the number of t with alphas_cumprod >= 0.0069)")
     add("--speed-lam", real("[0.5, 1]"), "change-aware weights lie in [1 - lam, lam]", 0.6)
@@ -1133,12 +1127,7 @@ def make_parser():
     add("--seed", whole("[0, 2147483647]"), "of model, order, noise and timesteps", 0)
     add("--eval-every", count, "steps between measurements, samples and checkpoints")
     add("--device", str, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
-    add(
-        "--amp",
-        ("auto", "off", "bf16", "fp16"),
-        "auto: bf16, or fp16 on a GPU without it; off on a CPU",
-        "auto",
-    )
+    add("--amp", ("auto", "off", "bf16", "fp16"), "auto: bf16 or fp16 on a GPU, off on a CPU", "auto")
 
     add = group("sampling")
     add("--method", ("ddim", "ddpm"), "ddpm visits every timestep", "ddim")

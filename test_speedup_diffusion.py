@@ -1,0 +1,1073 @@
+# SPDX-License-Identifier: MIT
+"""What speedup_diffusion.py promises, in its own order. `make test` runs all but the tests marked slow."""
+
+import copy
+import csv
+import functools
+import json
+import math
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import to_tensor
+
+import speedup_diffusion as sd
+
+SCHEDULES = [(schedule, T) for schedule in ("linear", "cosine", "quad") for T in (100, 1000)]
+on_every_schedule = pytest.mark.parametrize("schedule, T", SCHEDULES)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def make_samplers(alphas_cumprod):
+    """Every sampler, each moved away from its start where it can move."""
+    T = len(alphas_cumprod)
+    curriculum = sd.CurriculumSampler(T, total_steps=10)
+    curriculum.sample(torch.zeros(1, 1, 8, 8), step=7)
+    adaptive = sd.AdaptiveSampler(alphas_cumprod, in_channels=1)
+    nn.init.normal_(adaptive.policy[-1].weight)
+    adaptive.refresh_probs(images_of(64))
+    return {
+        "uniform": sd.UniformSampler(T),
+        "logit-normal": sd.LogitNormalSampler(T),
+        "speed": sd.SpeeDSampler(alphas_cumprod),
+        "curriculum": curriculum,
+        "adaptive": adaptive,
+    }
+
+
+def images_of(count, size=8):
+    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+
+
+def chi_square_p(drawn, probs):
+    """p-value of the drawn timesteps under probs; timesteps expected fewer than 5 times count as one."""
+    counts = torch.bincount(drawn, minlength=len(probs)).double()
+    expected = probs.double() / probs.double().sum() * len(drawn)
+    rare = expected < 5
+    observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    keep = expected > 0
+    assert observed[~keep].sum() == 0
+    return scipy.stats.chisquare(observed[keep], expected[keep]).pvalue
+
+
+# 1 Diffusion
+
+
+def test_schedules_have_their_closed_forms():
+    linear, quad, cosine = (sd.GaussianDiffusion(s, 1000) for s in ("linear", "quad", "cosine"))
+    assert linear.betas[[0, -1]].tolist() == pytest.approx([1e-4, 0.02])
+    assert linear.betas.diff().tolist() == pytest.approx([0.0199 / 999] * 999, rel=1e-2)
+    assert quad.betas.sqrt().diff().tolist() == pytest.approx([(0.02**0.5 - 0.01) / 999] * 999, rel=1e-2)
+    angle = (torch.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2
+    expected = (angle.cos() ** 2 / angle[0].cos() ** 2)[1:]
+    assert torch.allclose(cosine.alphas_cumprod[:990], expected[:990], atol=1e-6)
+    for diffusion in (linear, quad, cosine):
+        assert torch.allclose(diffusion.alphas_cumprod, (1 - diffusion.betas.double()).cumprod(0).float())
+
+
+def test_fewer_timesteps_end_as_noisy():
+    for schedule in ("linear", "cosine", "quad"):
+        few, many = (sd.GaussianDiffusion(schedule, T).alphas_cumprod[-1] for T in (100, 1000))
+        assert few < 1e-3 and many < 1e-3, schedule
+
+
+@pytest.mark.parametrize("T", [1, 2, 10, 19])
+def test_very_few_timesteps_stay_finite(T):
+    for schedule in ("linear", "cosine", "quad"):
+        diffusion = sd.GaussianDiffusion(schedule, T)
+        assert (diffusion.alphas_cumprod > 0).all() and diffusion.vlb_coefficients.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "ours, theirs", [("linear", "linear"), ("quad", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
+)
+def test_schedules_equal_those_of_diffusers(ours, theirs):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(1000, 1e-4, 0.02, theirs)
+    assert torch.allclose(
+        sd.GaussianDiffusion(ours, 1000).alphas_cumprod, scheduler.alphas_cumprod, atol=2e-6
+    )
+
+
+def noisy_batch(diffusion, count=None):
+    """x0, noise, t, x_t with every timestep once, or `count` spread over all."""
+    T = diffusion.timesteps
+    t = torch.linspace(0, T - 1, count or T).round().long()
+    x0, noise = torch.rand(len(t), 1, 4, 4) * 2 - 1, torch.randn(len(t), 1, 4, 4)
+    return x0, noise, t, diffusion.q_sample(x0, t, noise)
+
+
+def exact_tables(diffusion):
+    """betas, alphas_cumprod and alphas_cumprod of t - 1, in float64."""
+    beta = diffusion.betas.double()
+    ab = (1 - beta).cumprod(0)
+    return beta, ab, torch.cat([ab.new_ones(1), ab[:-1]])
+
+
+@on_every_schedule
+def test_q_sample_is_the_forward_process_and_predict_x0_its_inverse(schedule, T):
+    diffusion = sd.GaussianDiffusion(schedule, T)
+    x0, noise, t, x_t = noisy_batch(diffusion)
+    ab = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+    assert torch.allclose(x_t, ab.sqrt() * x0 + (1 - ab).sqrt() * noise, atol=1e-4)
+    early = t < 0.8 * T  # later on x0 is divided by nearly nothing
+    assert torch.allclose(diffusion.predict_x0(x_t, t, noise)[early], x0[early], atol=1e-3)
+
+
+@on_every_schedule
+def test_ddpm_step_draws_from_the_posterior(schedule, T):
+    diffusion = sd.GaussianDiffusion(schedule, T)
+    x0, noise, t, x_t = noisy_batch(diffusion)
+    beta, ab, ab_prev = exact_tables(diffusion)
+    mean_x0, mean_xt = ab_prev.sqrt() * beta / (1 - ab), (1 - beta).sqrt() * (1 - ab_prev) / (1 - ab)
+    mean = mean_x0.view(-1, 1, 1, 1) * x0 + mean_xt.view(-1, 1, 1, 1) * x_t
+    std = (beta * (1 - ab_prev) / (1 - ab)).sqrt().view(-1, 1, 1, 1)
+    for z in (torch.zeros_like(x_t), torch.ones_like(x_t)):
+        got = diffusion.ddpm_step(x_t, t, noise, z)
+        assert torch.allclose(got.double(), mean + std * z, atol=2e-4)
+
+
+@on_every_schedule
+def test_ddim_step_with_the_true_noise_stays_on_the_path(schedule, T):
+    diffusion = sd.GaussianDiffusion(schedule, T)
+    x0, noise, t, x_t = noisy_batch(diffusion)
+    t_prev = (t - T // 10).clamp(min=-1)
+    got = diffusion.ddim_step(x_t, t, t_prev, noise, 0.0, None)
+    expected = torch.where(
+        (t_prev < 0).view(-1, 1, 1, 1), x0, diffusion.q_sample(x0, t_prev.clamp(min=0), noise)
+    )
+    assert torch.allclose(got, expected, atol=1e-3)
+
+
+def test_clipping_bounds_x0_and_takes_epsilon_again():
+    diffusion = sd.GaussianDiffusion("linear", 1000)
+    t = torch.tensor([600])
+    x_t, eps = torch.full((1, 1, 1, 1), 3.0), torch.zeros(1, 1, 1, 1)
+    ab, ab_prev = diffusion.alphas_cumprod[[600, 500]].tolist()
+    clipped_eps = (3.0 - ab**0.5) / (1 - ab) ** 0.5  # x0 would be far above 1
+    expected = ab_prev**0.5 + (1 - ab_prev) ** 0.5 * clipped_eps
+    assert diffusion.ddim_step(x_t, t, t - 100, eps, 0.0, None).item() == pytest.approx(expected, rel=1e-5)
+    free = diffusion.ddim_step(x_t, t, t - 100, eps, 0.0, None, clip=False).item()
+    assert free == pytest.approx(3.0 * (ab_prev / ab) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("t", [999, 500, 20, 1, 0])
+def test_single_steps_equal_those_of_diffusers(t, clip):
+    diffusers = pytest.importorskip("diffusers")
+    diffusion = sd.GaussianDiffusion("linear", 1000)
+    x_t, eps, when = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.full((4,), t)
+    ddpm = diffusers.DDPMScheduler(1000, 1e-4, 0.02, variance_type="fixed_small", clip_sample=clip)
+    theirs = ddpm.step(eps, t, x_t, generator=torch.Generator().manual_seed(5)).prev_sample
+    noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(5))
+    ours = diffusion.ddpm_step(x_t, when, eps, noise, clip)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=2e-4 * theirs.abs().max())
+    ddim = diffusers.DDIMScheduler(1000, 1e-4, 0.02, clip_sample=clip)
+    ddim.set_timesteps(50)
+    for eta in (0.0, 0.5, 1.0):
+        theirs = ddim.step(eps, t, x_t, eta, use_clipped_model_output=True, variance_noise=noise).prev_sample
+        ours = diffusion.ddim_step(x_t, when, (when - 20).clamp(min=-1), eps, eta, noise, clip)
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=2e-4 * theirs.abs().max())
+
+
+@pytest.mark.parametrize("method, steps, eta", [("ddim", 200, 0.0), ("ddim", 1000, 1.0), ("ddpm", 50, 0.0)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "quad"])
+def test_sampling_with_the_optimal_epsilon_returns_the_gaussian(schedule, method, steps, eta):
+    """Data N(m, s^2): E[eps | x_t] = sqrt(1 - ab) (x_t - sqrt(ab) m) / (ab s^2 + 1 - ab)."""
+    diffusion, m, s = sd.GaussianDiffusion(schedule, 1000), 0.2, 0.15
+
+    def optimal(x_t, t):
+        ab = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (1 - ab).sqrt() * (x_t - ab.sqrt() * m) / (ab * s**2 + 1 - ab)
+
+    x = diffusion.sample(optimal, (20_000, 1, 1, 1), method, steps, eta, torch.Generator().manual_seed(0))
+    assert x.mean().item() == pytest.approx(m, abs=5 * s / 20_000**0.5)
+    assert x.std().item() == pytest.approx(s, rel=0.04)
+
+
+def test_sampling_repeats_with_its_generator_and_visits_the_right_timesteps():
+    diffusion, seen = sd.GaussianDiffusion("linear", 100), []
+
+    def model(x_t, t):
+        seen.append(t[0].item())
+        return 0.1 * x_t
+
+    one, two = (
+        diffusion.sample(model, (2, 1, 4, 4), steps=5, generator=torch.Generator().manual_seed(3))
+        for _ in "12"
+    )
+    assert torch.equal(one, two) and one.abs().max() <= 1
+    assert seen[:5] == [99, 74, 50, 25, 0]
+    seen.clear()
+    diffusion.sample(model, (2, 1, 4, 4), method="ddpm")
+    assert seen == list(range(99, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: sd.GaussianDiffusion("sigmoid"),
+        lambda: sd.GaussianDiffusion(timesteps=0),
+        lambda: sd.GaussianDiffusion(timesteps=10).sample(None, (1, 1, 4, 4), steps=11),
+        lambda: sd.GaussianDiffusion(timesteps=10).sample(None, (1, 1, 4, 4), method="euler", steps=5),
+        lambda: sd.SpeeDSampler(torch.linspace(0.9, 0.1, 10), k=0.5),
+        lambda: sd.SpeeDSampler(torch.linspace(0.9, 0.1, 10), tau=11),
+        lambda: sd.SpeeDSampler(torch.linspace(0.9, 0.1, 10), tau=0),
+        lambda: sd.CurriculumSampler(10, 10, sigma=0),
+        lambda: sd.AdaptiveSampler(torch.linspace(0.9, 0.1, 10), 1, selected=11),
+        lambda: sd.change_aware_weights(torch.linspace(0.9, 0.1, 10), lam=0.4),
+        lambda: sd.change_aware_weights(torch.linspace(0.9, 0.1, 10), lam=float("nan")),
+        lambda: sd.momentum_decay(0.5, beta1=1.0),
+        lambda: sd.UNet(1, 9, (1,), 1, (), 0.0),
+        lambda: sd.UNet(1, 8, (1, 2), 1, (), 0.0, image_size=9),
+    ],
+)
+def test_the_library_refuses_what_makes_no_sense(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+# 2 Accelerations: samplers
+
+
+@on_every_schedule
+@pytest.mark.parametrize("name", ["uniform", "logit-normal", "speed", "curriculum", "adaptive"])
+def test_draws_follow_probs(name, schedule, T):
+    sampler = make_samplers(sd.GaussianDiffusion(schedule, T).alphas_cumprod)[name]
+    assert sampler.probs.shape == (T,) and sampler.probs.sum().item() == pytest.approx(1, abs=1e-5)
+    if name == "adaptive":  # its images decide: the same 64 again and again
+        drawn = torch.cat([sampler.sample(images_of(64), 7) for _ in range(200)])
+    else:
+        drawn = sampler.sample(torch.zeros(100_000, 1, 1, 1), step=7)
+    assert drawn.dtype == torch.int64 and 0 <= drawn.min() and drawn.max() < T
+    assert chi_square_p(drawn, sampler.probs) > 1e-4
+
+
+def test_the_chi_square_test_tells_samplers_apart():
+    samplers = make_samplers(sd.GaussianDiffusion("linear", 1000).alphas_cumprod)
+    drawn = samplers["uniform"].sample(torch.zeros(100_000, 1, 1, 1), 0)
+    assert all(chi_square_p(drawn, s.probs) < 1e-9 for name, s in samplers.items() if name != "uniform")
+
+
+def test_speed_draws_k_times_as_often_before_tau():
+    ab = sd.GaussianDiffusion("linear", 1000).alphas_cumprod
+    probs = sd.SpeeDSampler(ab).probs  # k = 5, tau = 700: P = 5 / 3800 and 1 / 3800
+    assert torch.allclose(probs[:700], torch.tensor(5 / 3800)) and torch.allclose(
+        probs[700:], torch.tensor(1 / 3800)
+    )
+    probs = sd.SpeeDSampler(ab, k=10, tau=300).probs
+    assert probs[299].item() == pytest.approx(10 / 3700) and probs[300].item() == pytest.approx(1 / 3700)
+    assert torch.allclose(sd.SpeeDSampler(ab, k=1).probs, torch.tensor(1 / 1000))
+
+
+@pytest.mark.parametrize("schedule, tau", [("linear", 700), ("cosine", 946), ("quad", 875)])
+def test_speed_finds_tau_on_any_schedule(schedule, tau):
+    probs = sd.SpeeDSampler(sd.GaussianDiffusion(schedule, 1000).alphas_cumprod).probs
+    assert abs(int((probs > probs[-1]).sum()) - tau) <= (0 if schedule == "linear" else 2)
+
+
+def test_curriculum_goes_from_uniform_to_its_gaussian():
+    sampler, x0 = sd.CurriculumSampler(1000, total_steps=400, mu=0.3, sigma=0.5), torch.zeros(1, 1, 8, 8)
+    gaussian = scipy.stats.norm.pdf(np.arange(1000), 300, 500)
+    gaussian = torch.tensor(gaussian / gaussian.sum()).float()
+    for step, gamma in ((0, 0.0), (100, 0.25), (200, 0.5), (400, 1.0), (500, 1.0)):
+        sampler.sample(x0, step)
+        assert torch.allclose(sampler.probs, (1 - gamma) / 1000 + gamma * gaussian, atol=1e-8), step
+    assert sampler.probs.argmax() == 300
+
+
+@pytest.mark.parametrize(
+    "a, b", [(0.974, 0.974), (0.05, 0.3), (1.0, 1.0), (3.0, 0.6), (40.0, 25.0), (1e-5, 2.0)]
+)
+@pytest.mark.parametrize("T", [1, 2, 100, 1000])
+def test_adaptive_probs_are_the_beta_distribution_rounded(T, a, b):
+    edges = np.clip((np.arange(T + 1) - 0.5) / max(1, T - 1), 0, 1)
+    edges[-1] = 1
+    expected = np.diff(scipy.stats.beta.cdf(edges, a, b))
+    got = sd.AdaptiveSampler.beta_probs(torch.tensor([a]), torch.tensor([b]), T)
+    assert np.abs(got.numpy() - expected).max() < (1e-5 if T >= 100 else 5e-3)
+
+
+def test_adaptive_begins_nearly_uniform():
+    sampler = sd.AdaptiveSampler(sd.GaussianDiffusion().alphas_cumprod, in_channels=3)
+    uniform = torch.full((1000,), 1 / 1000)
+    assert (sampler.probs - uniform).abs().sum() / 2 < 0.02  # total variation
+    before = sampler.probs
+    sampler.refresh_probs(torch.randn(4, 3, 32, 32))
+    assert torch.allclose(before, sampler.probs)  # whatever the image
+
+
+@pytest.mark.parametrize("window", [(0, 200), (400, 600), (800, 1000)])
+def test_adaptive_moves_to_the_rewarded_timesteps(window):
+    sampler = sd.AdaptiveSampler(sd.GaussianDiffusion().alphas_cumprod, in_channels=1)
+    x0 = images_of(64)
+    for step in range(60):
+        t = sampler.sample(x0, step)
+        sampler.update_policy(0.05 * ((t >= window[0]) & (t < window[1])).float())
+    assert sampler.probs[slice(*window)].sum() > 0.5  # 0.2 at the start
+
+
+class Recorder(nn.Module):
+    """eps = scale x_t; remembers what it was asked, and in which mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.calls = nn.Parameter(torch.tensor(0.0)), []
+
+    def forward(self, x_t, t):
+        self.calls.append((x_t.clone(), t.clone(), self.training))
+        return self.scale * x_t
+
+
+def test_adaptive_measures_the_update_and_nothing_else():
+    diffusion, model = sd.GaussianDiffusion("linear", 100), Recorder()
+    sampler = sd.AdaptiveSampler(diffusion.alphas_cumprod, in_channels=1, every=4, selected=2, probe=10)
+    x0, rewards = images_of(6), []
+    sampler.update_policy = rewards.append
+    for step in range(9):
+        sampler.sample(x0, step)
+        sampler.before_update(model, step)
+        with torch.no_grad():
+            model.scale += 0.1
+        sampler.after_update(model)
+        assert bool(model.calls) == (step % 4 == 0) and model.training
+        if not model.calls:
+            continue
+        assert not any(training for _, _, training in model.calls)
+        half = len(model.calls) // 2
+        (x_t, t), (x_t_after, t_after) = (
+            [torch.cat(part) for part in list(zip(*calls))[:2]]
+            for calls in (model.calls[:half], model.calls[half:])
+        )
+        assert torch.equal(x_t, x_t_after) and torch.equal(t, t_after)  # same x_t, so the same noise
+        assert t[:10].tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99] and len(t) == 10 + 2 * 6
+        if step == 0:
+            assert t[10:].tolist() == [0] * 6 + [1] * 6  # S at the start
+            one = next(
+                x
+                for x in x0
+                if torch.allclose(diffusion.q_sample(x[None], t[:1], 0 * x[None]), x_t[:1], atol=0.2)
+            )
+            clean = torch.cat([one.expand(10, 1, 8, 8), x0, x0])
+            ab = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+            noise = (x_t - ab.sqrt() * clean) / (1 - ab).sqrt()
+            mse = [(scale * x_t - noise).square().mean((1, 2, 3)) for scale in (0.0, 0.1)]
+            delta = diffusion.vlb_coefficients[t] * (mse[0] - mse[1])
+            assert torch.allclose(sampler.queue[0], delta[:10], rtol=1e-3, atol=1e-5)
+            assert torch.allclose(rewards[0], delta[10:16] + delta[16:], rtol=1e-3, atol=1e-5)
+        model.calls.clear()
+    assert sampler.filled == 3 and set(sampler.selected.tolist()) <= set(range(0, 100, 11))
+
+
+# (seed of a 20 x 12 matrix, what SelectKBest(f_regression, k=3) of scikit-learn 1.9.1 answers for its row sums)
+STORED_SELECTIONS = {0: [2, 7, 11], 1: [3, 5, 9], 2: [0, 1, 6], 3: [0, 2, 9]}
+
+
+def delta_matrix(seed):
+    generator = np.random.default_rng(seed)
+    return generator.normal(size=(20, 12)) * generator.uniform(0.1, 3, size=12) + generator.normal(size=12)
+
+
+@pytest.mark.parametrize("seed", STORED_SELECTIONS)
+def test_adaptive_selects_the_timesteps_scikit_learn_selects(seed):
+    deltas = delta_matrix(seed)
+    chosen = sd.AdaptiveSampler.most_predictive(torch.tensor(deltas), 3).tolist()
+    assert chosen == STORED_SELECTIONS[seed]
+    r = [abs(scipy.stats.pearsonr(column, deltas.sum(1)).statistic) for column in deltas.T]
+    assert chosen == sorted(np.argsort(r)[-3:])
+    selection = pytest.importorskip("sklearn.feature_selection")
+    best = selection.SelectKBest(selection.f_regression, k=3).fit(deltas, deltas.sum(1))
+    assert chosen == best.get_support(indices=True).tolist()
+
+
+def test_adaptive_never_selects_a_constant_column():
+    deltas = torch.randn(5, 4)
+    deltas[:, 2] = 0.25
+    assert 2 not in sd.AdaptiveSampler.most_predictive(deltas, 3).tolist()
+
+
+@on_every_schedule
+def test_vlb_coefficients_give_differences_of_the_gaussian_kl(schedule, T):
+    diffusion = sd.GaussianDiffusion(schedule, T)
+    noise, x_t = (v[1:].double() for v in noisy_batch(diffusion)[1::2])  # at t = 0 the posterior is a point
+    beta, ab, ab_prev = (v[1:].view(-1, 1, 1, 1) for v in exact_tables(diffusion))
+
+    def posterior_mean(eps):
+        return (x_t - beta / (1 - ab).sqrt() * eps) / (1 - beta).sqrt()
+
+    def kl(eps):  # bits per dimension, against p(x_{t-1} | x_t) with variance beta_t
+        q = torch.distributions.Normal(posterior_mean(noise), (beta * (1 - ab_prev) / (1 - ab)).sqrt())
+        p = torch.distributions.Normal(posterior_mean(eps), beta.sqrt())
+        return torch.distributions.kl_divergence(q, p).mean((1, 2, 3)) / math.log(2)
+
+    good, bad = (noise + size * torch.randn_like(noise) for size in (0.1, 0.7))
+    difference = (bad - noise).square().mean((1, 2, 3)) - (good - noise).square().mean((1, 2, 3))
+    got = diffusion.vlb_coefficients[1:] * difference
+    assert torch.allclose(got, kl(bad) - kl(good), rtol=1e-3)
+    sampler = sd.AdaptiveSampler(diffusion.alphas_cumprod, in_channels=1)
+    assert torch.allclose(sampler.vlb_coefficients, diffusion.vlb_coefficients, rtol=2e-2)
+
+
+def test_adaptive_goes_on_from_its_state():
+    ab, model, x0 = sd.GaussianDiffusion("linear", 100).alphas_cumprod, Recorder(), images_of(16)
+    one, two = (sd.AdaptiveSampler(ab, in_channels=1, every=1) for _ in "12")
+
+    def advance(sampler, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            sampler.sample(x0, step)
+            sampler.before_update(model, step)
+            with torch.no_grad():
+                model.scale.fill_(0.01 * step)
+            sampler.after_update(model)
+
+    advance(one, range(5))
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert torch.equal(one.probs, two.probs) and torch.equal(one.selected, two.selected)
+    for sampler in (one, two):
+        model.scale.data.fill_(0.04)
+        advance(sampler, range(5, 9))
+    assert torch.equal(one.probs, two.probs) and torch.equal(one.queue, two.queue)
+    assert not torch.equal(one.probs, sd.AdaptiveSampler(ab, in_channels=1).probs)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 28, 28), (5, 3, 32, 32), (5, 4, 5, 7), (5, 3, 64, 64)])
+def test_adaptive_takes_images_of_any_size(shape):
+    sampler = sd.AdaptiveSampler(sd.GaussianDiffusion().alphas_cumprod, in_channels=shape[1])
+    assert sampler.sample(torch.randn(shape), 0).shape == (5,)
+
+
+# 2 Accelerations: weights and momentum decay
+
+
+def make_weights(alphas_cumprod):
+    return {
+        "none": torch.ones_like(alphas_cumprod),
+        "change-aware": sd.change_aware_weights(alphas_cumprod),
+        "min-snr": sd.min_snr_weights(alphas_cumprod),
+        "p2": sd.p2_weights(alphas_cumprod),
+    }
+
+
+@on_every_schedule
+def test_the_expected_weight_is_one_for_every_sampler_and_weighting(schedule, T):
+    ab = sd.GaussianDiffusion(schedule, T).alphas_cumprod
+    for sampler in make_samplers(ab).values():
+        for name, raw in make_weights(ab).items():
+            weights = sd.normalize_weights(raw, sampler.probs)
+            assert weights.shape == (T,) and (weights > 0).all(), name
+            assert (sampler.probs.double() * weights.double()).sum().item() == pytest.approx(1, abs=1e-5)
+            assert torch.allclose(weights / weights[0], raw / raw[0], rtol=1e-4)
+
+
+@on_every_schedule
+@pytest.mark.parametrize("lam", [0.5, 0.6, 1.0])
+def test_change_aware_weights_span_their_range(schedule, T, lam):
+    ab = sd.GaussianDiffusion(schedule, T).alphas_cumprod
+    weights = sd.change_aware_weights(ab, lam)
+    assert weights.min().item() == pytest.approx(1 - lam, abs=1e-6)
+    assert weights.max().item() == pytest.approx(lam, abs=1e-6)
+    if lam > 0.5:
+        slope = np.gradient(1 - ab.double().numpy())
+        assert (
+            weights.argmax().item() == slope.argmax()
+            and scipy.stats.spearmanr(weights, slope).statistic > 0.999
+        )
+
+
+def test_the_noise_grows_fastest_at_219_on_the_linear_schedule():
+    ab = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    assert sd.change_aware_weights(ab).argmax() == 219
+
+
+def test_min_snr_and_p2_weights_have_their_closed_forms():
+    ab = torch.tensor([0.99, 0.9, 5 / 6, 0.5, 0.01], dtype=torch.float64)  # SNR 99, 9, 5, 1, 1/99
+    assert sd.min_snr_weights(ab).tolist() == pytest.approx([5 / 99, 5 / 9, 1, 1, 1])
+    assert sd.p2_weights(ab).tolist() == pytest.approx((1 - ab).tolist())  # 1 / (1 + SNR) = 1 - ab
+    assert sd.p2_weights(ab, k=2.0, gamma=0.5).tolist() == pytest.approx(
+        [101**-0.5, 11**-0.5, 7**-0.5, 3**-0.5, (199 / 99) ** -0.5]
+    )
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9, 0.99])
+def test_momentum_decay_keeps_lr_times_one_minus_beta1(beta1):
+    assert sd.momentum_decay(0.0, beta1) == pytest.approx((beta1, 1.0))
+    assert sd.momentum_decay(1.0, beta1) == pytest.approx((0.0, 1 - beta1))
+    for progress in np.linspace(0, 1, 11):
+        decayed, scale = sd.momentum_decay(progress, beta1)
+        assert scale * (1 - decayed) == pytest.approx(1 - beta1, rel=1e-12)
+        assert decayed == pytest.approx(beta1 * (1 - progress) / (1 - beta1 + beta1 * (1 - progress)))
+
+
+# 3 U-Net
+
+
+def awake(model):
+    """The model with its zero-initialised convolutions drawn, so that everything has an effect."""
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize(
+    "channels, size, options",
+    [
+        (1, 16, (16, (1, 1), 1, (4,), 0.0, 16, 2)),
+        (3, 32, (16, (1, 2, 2), 2, (16, 8), 0.1, 32)),
+        (1, 28, (20, (1, 2, 3), 1, (), 0.0, 28)),
+        (3, 8, (6, (2,), 1, (8,), 0.0, 8)),
+    ],
+)
+def test_unet_keeps_the_shape_depends_on_t_and_learns_everywhere(channels, size, options):
+    model = sd.UNet(channels, *options).eval()
+    x, t = torch.randn(3, channels, size, size), torch.tensor([0, 10, 999])
+    assert not model(x, t).any()  # starts at zero
+    out = awake(model)(x, t)
+    assert out.shape == x.shape
+    assert all((model(x, t.roll(1))[i] - out[i]).abs().max() > 1e-4 for i in range(3))
+    assert torch.allclose(model(x[:1], t[:1]), out[:1], atol=1e-5)  # images do not mix
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_unet_attends_where_it_is_told():
+    def attentions(attention):
+        model = sd.UNet(1, 16, (1, 2, 2), 2, attention, 0.0, image_size=16)
+        return sum(isinstance(m, sd.SelfAttention) for m in model.modules())
+
+    assert [attentions(a) for a in ((), (8,), (16, 8))] == [0, 2 + 3 + 1, 4 + 6 + 1]
+
+
+def test_unet_is_the_same_in_channels_last_and_close_in_bfloat16():
+    model = awake(sd.UNet(3, 32, (1, 2), 1, (8,), 0.0, image_size=16)).eval()
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([5, 500])
+    plain = model(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x, t)
+    assert half.dtype == torch.bfloat16 and (half - plain).norm() / plain.norm() < 0.03
+    last = model.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last), t)
+    assert torch.allclose(plain, last, atol=1e-4)
+
+
+def test_self_attention_is_softmax_attention():
+    layer = awake(sd.SelfAttention(128)).eval()  # two heads of 64
+    x = torch.randn(2, 128, 3, 5)
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, 1)  # [2, 128, 15]
+    heads = []
+    for h in (slice(0, 64), slice(64, 128)):
+        weights = (q[:, h].transpose(1, 2) @ k[:, h] / 8).softmax(-1)
+        heads.append((weights @ v[:, h].transpose(1, 2)).transpose(1, 2))
+    expected = x + layer.out(torch.cat(heads, 1).view(2, 128, 3, 5))
+    assert torch.allclose(layer(x), expected, atol=1e-4)
+
+
+# 4 Data
+
+
+def test_digits_are_fixed_by_their_seed_and_rendered_in_time():
+    begin = time.perf_counter()
+    images, labels = sd.render_digits.__wrapped__(10_240, 16, 0)
+    assert time.perf_counter() - begin < 5
+    assert images.shape == (10_240, 1, 16, 16) and images.dtype == torch.uint8
+    again, _ = sd.render_digits.__wrapped__(100, 16, 0)
+    other, _ = sd.render_digits.__wrapped__(100, 16, 1)
+    assert torch.equal(images[:100], again) and not torch.equal(again, other)
+    assert scipy.stats.chisquare(labels.bincount()).pvalue > 1e-4
+    ink = (images > 128).flatten(1).sum(1)
+    assert ink.min() > 5
+    assert (images[:, 0, [0, -1]] > 128).any(-1).any(-1).float().mean() < 0.01  # whole, not cut off
+    assert len(images.flatten(1).unique(dim=0)) > 10_000
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """300 images of every kind, nested, with other files between them."""
+    folder, generator = tmp_path / "my images", np.random.default_rng(0)
+    for i in range(300):
+        place = folder / f"class {i % 3}" / ("ünter" if i % 2 else ".")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = generator.integers(
+            0, 256, (int(generator.integers(5, 40)), int(generator.integers(5, 40)), 3), np.uint8
+        )
+        image = Image.fromarray(pixels).convert(("RGB", "L", "P", "CMYK")[i % 4])
+        image.save(place / f"{i}.{('png', 'JPG', 'png', 'jpeg')[i % 4]}")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_a_folder_of_any_images_is_read_and_held_out_evenly(image_folder):
+    train, held_out = sd.load_dataset("folder", image_folder, 8)
+    assert train.shape == (44, 3, 8, 8) and held_out.shape == (256, 3, 8, 8) and train.dtype == torch.uint8
+    together = torch.cat([train, held_out]).flatten(1)
+    assert len(together.unique(dim=0)) == 300  # nothing is in both
+    train_again, _ = sd.load_dataset("folder", image_folder, 8)
+    assert torch.equal(train, train_again)
+
+
+def test_a_grey_folder_has_one_channel_and_pixels_are_kept(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 8, 8), np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i:03d}.png")
+    train, held_out = sd.load_dataset("folder", tmp_path, 8)
+    got = {bytes(image.numpy()) for image in torch.cat([train, held_out])}
+    assert train.shape[1] == 1 and got == {bytes(image) for image in pixels}
+
+
+def test_wide_images_are_cropped_in_the_centre(tmp_path):
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 200
+    for i in range(300):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    assert (sd.load_dataset("folder", tmp_path, 8)[0] == 200).all()
+
+
+def write_mnist(root, counts, kind="MNIST"):
+    """Small files in MNIST's own format, where torchvision looks for them."""
+    raw = root / kind / "raw"
+    raw.mkdir(parents=True)
+    for name, count in zip(("train", "t10k"), counts):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 0x803, count, 28, 28) + pixels.tobytes()
+        )
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(count))
+
+
+@pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_torchvision_reads_mnist_and_its_test_split_is_held_out(tmp_path, name, kind):
+    write_mnist(tmp_path, (70, 30), kind)
+    train, held_out = sd.load_dataset(name, tmp_path, 28)
+    assert train.shape == (70, 1, 28, 28) and held_out.shape == (30, 1, 28, 28)
+    expected = np.random.default_rng(70).integers(0, 256, (70, 28, 28), np.uint8)
+    assert np.array_equal(train[:, 0].numpy(), expected)
+
+
+# 5 Evaluation
+
+
+def test_evaluate_measures_the_bound_of_a_model_that_knows_the_answer():
+    diffusion = sd.GaussianDiffusion("linear", 100)
+    images = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8)
+    mse, bound = sd.evaluate(lambda x_t, t: torch.zeros_like(x_t), diffusion, images)
+    assert mse == pytest.approx(1, rel=0.05)  # the noise's own power
+    assert bound == pytest.approx(diffusion.vlb_coefficients.sum().item(), rel=0.1)
+    assert sd.evaluate(lambda x_t, t: torch.zeros_like(x_t), diffusion, images) == (mse, bound)
+
+
+# 6 Training, through the command line
+
+TINY = ["--width", "8", "--batch-size", "16", "--steps", "6", "--eval-every", "3", "--timesteps", "50"]
+TINY += ["--sampling-steps", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits_rendered_once():
+    patch, render = pytest.MonkeyPatch(), sd.render_digits
+    cached = functools.wraps(render)(functools.cache(render))
+    patch.setattr(sd, "render_digits", cached)
+    yield
+    patch.undo()
+
+
+def metrics(run):
+    with open(Path(run) / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(run):
+    return torch.load(Path(run) / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_tensors(one, two):
+    """Nested state dicts, bit for bit."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same_tensors(one[key], two[key])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+@pytest.mark.parametrize("weighting", ["auto", "min-snr"])
+@pytest.mark.parametrize("strategy", sd.STRATEGIES)
+def test_every_strategy_trains_and_leaves_its_results(here, strategy, weighting):
+    options = ["--strategy", strategy, "--weighting", weighting, "--adaptive-every", "2"]
+    options += ["--momentum-decay"] if weighting == "min-snr" else []
+    assert sd.main(options + TINY) == 0
+    run = here / "runs" / f"digits-{strategy}{'-min-snr-momentum-decay' if weighting == 'min-snr' else ''}"
+    assert sorted(p.name for p in run.iterdir()) == [
+        "checkpoint.pt",
+        "config.json",
+        "metrics.csv",
+        "samples.png",
+        "timesteps.png",
+    ]
+    rows = metrics(run)
+    assert [int(row["step"]) for row in rows] == [3, 6] and [int(row["images"]) for row in rows] == [48, 96]
+    assert ",".join(rows[0]) == "step,images,seconds,loss,lr,beta1,val_mse,val_vlb,fid"
+    assert all(math.isfinite(float(row[name])) for row in rows for name in row if name != "fid")
+    assert all(row["fid"] == "" for row in rows)
+    assert json.loads((run / "config.json").read_text())["strategy"] == strategy
+    assert Image.open(run / "samples.png").size == (8 * 66 + 2, 8 * 66 + 2)
+    assert Image.open(run / "timesteps.png").size == (700, 400)
+    drawn = checkpoint(run)["drawn"]
+    assert drawn.sum() == 96 and (drawn.sum(1) > 0).sum() == 6
+
+
+def test_training_learns(here):
+    assert sd.main([*TINY, "--steps", "80", "--eval-every", "40", "--lr", "1e-2", "--ema-decay", "0.9"]) == 0
+    rows = [row for row in metrics("runs/digits-uniform") if row["val_mse"]]
+    assert float(rows[-1]["val_mse"]) < 0.5 * float(rows[0]["val_mse"]) or float(rows[-1]["val_mse"]) < 0.35
+
+
+def test_a_second_run_gets_its_own_folder(here):
+    for _ in range(3):
+        assert sd.main(TINY) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == [
+        "digits-uniform",
+        "digits-uniform-2",
+        "digits-uniform-3",
+    ]
+    assert_same_tensors(
+        checkpoint("runs/digits-uniform")["model"], checkpoint("runs/digits-uniform-3")["model"]
+    )
+
+
+def test_strategies_share_model_images_and_noise(here, monkeypatch):
+    seen, q_sample, build = {}, sd.GaussianDiffusion.q_sample, sd.build_model
+
+    def watch(self, x0, t, noise):
+        if torch.is_grad_enabled():
+            seen[strategy]["batches"].append((x0.clone(), noise.clone(), t.clone()))
+        return q_sample(self, x0, t, noise)
+
+    def watch_build(args, channels):
+        model, diffusion = build(args, channels)
+        seen[strategy]["model"] = {name: p.clone() for name, p in model.state_dict().items()}
+        return model, diffusion
+
+    monkeypatch.setattr(sd.GaussianDiffusion, "q_sample", watch)
+    monkeypatch.setattr(sd, "build_model", watch_build)
+    for strategy in sd.STRATEGIES:
+        seen[strategy] = {"batches": []}
+        assert sd.main(["--strategy", strategy, "--adaptive-every", "2", "--flip", *TINY]) == 0
+    for strategy in sd.STRATEGIES[1:]:
+        assert_same_tensors(seen["uniform"]["model"], seen[strategy]["model"])
+        assert len(seen[strategy]["batches"]) == 6
+        for (x0, noise, t), (x0_, noise_, t_) in zip(seen["uniform"]["batches"], seen[strategy]["batches"]):
+            assert torch.equal(x0, x0_) and torch.equal(noise, noise_) and not torch.equal(t, t_)
+    x0 = torch.cat([batch[0] for batch in seen["uniform"]["batches"]])
+    digits = {bytes(image.numpy()) for image in sd.load_dataset("digits", None, 16)[0]}
+    pixels = (x0.add(1) * 127.5).round().byte()
+    plain = sum(bytes(image.contiguous().numpy()) in digits for image in pixels)
+    mirrored = sum(bytes(image.flip(-1).contiguous().numpy()) in digits for image in pixels)
+    assert len(x0) == 96 and plain + mirrored >= 96 and 25 < mirrored < 71
+
+
+def test_the_optimiser_receives_the_decayed_momentum(here, monkeypatch):
+    received = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            received.append((self.param_groups[0]["lr"], self.param_groups[0]["betas"]))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    assert sd.main(["--momentum-decay", "--lr", "0.01", "--warmup", "2", "--beta1", "0.8", *TINY]) == 0
+    for step, (lr, betas) in enumerate(received):
+        beta1, scale = sd.momentum_decay(step / 6, 0.8)
+        assert lr == pytest.approx(0.01 * scale * min(1, (step + 1) / 2)) and betas == pytest.approx(
+            (beta1, 0.999)
+        )
+    assert len(received) == 6
+    assert metrics("runs/digits-uniform-momentum-decay")[-1]["beta1"] == f"{received[-1][1][0]:.6g}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--strategy", "uniform", "--dropout", "0.2"],
+        ["--strategy", "curriculum", "--momentum-decay", "--flip"],
+        ["--strategy", "adaptive", "--adaptive-every", "2", "--weighting", "p2"],
+    ],
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(here, monkeypatch, options):
+    options = [*options, *TINY, "--steps", "10", "--eval-every", "4"]
+    assert sd.main([*options, "--out", "whole"]) == 0
+    step, calls = torch.optim.AdamW.step, []
+
+    def stop_at_seven(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop_at_seven)
+        assert sd.main([*options, "--out", "broken"]) == 130
+    assert checkpoint("broken")["step"] == 4
+    assert sd.main(["--resume", "broken"]) == 0
+    whole, broken = checkpoint("whole"), checkpoint("broken")
+    for part in ("model", "ema", "optimizer", "sampler", "drawn"):
+        if part in whole:
+            assert_same_tensors(whole[part], broken[part])
+    rows = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in metrics(run)]
+        for run in ("whole", "broken")
+    ]
+    assert rows[0] == rows[1]
+    assert Path("whole/samples.png").read_bytes() == Path("broken/samples.png").read_bytes()
+
+
+def test_generate_writes_images_that_repeat_with_the_seed(here):
+    assert sd.main([*TINY, "--out", "run"]) == 0
+    generate = [
+        "--checkpoint",
+        "run/checkpoint.pt",
+        "--sampling-steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    for out in ([], [], ["--out", "elsewhere", "--method", "ddim", "--eta", "1"]):
+        assert sd.main(["--generate", "6", *generate, *out]) == 0
+    for folder in ("run/generated", "run/generated-2", "elsewhere"):
+        names = sorted(p.name for p in Path(folder).iterdir())
+        assert names == [f"{i:06d}.png" for i in range(6)] + ["grid.png"]
+    first, second, other = (
+        Path(f, "000005.png").read_bytes() for f in ("run/generated", "run/generated-2", "elsewhere")
+    )
+    assert first == second != other
+    assert Image.open("run/generated/000000.png").size == (16, 16)
+
+
+def test_a_folder_trains_and_resumes_where_it_was_moved(here, image_folder):
+    options = ["--dataset", "folder", "--image-size", "8", "--mults", "1", "2", "--attention", "4", *TINY]
+    assert sd.main([*options, "--data-dir", str(image_folder), "--amp", "bf16", "--method", "ddim"]) == 0
+    assert checkpoint("runs/folder-uniform")["channels"] == 3
+    assert all(math.isfinite(float(row["val_vlb"])) for row in metrics("runs/folder-uniform"))
+
+
+def test_mnist_trains_from_its_files(here):
+    write_mnist(here / "data", (64, 32))
+    assert sd.main(["--dataset", "mnist", "--num-blocks", "1", "--strategy", "speed", *TINY]) == 0
+    assert Image.open("runs/mnist-speed/samples.png").size[0] == 8 * 58 + 2
+
+
+# 7 Command line
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "run"
+    assert sd.main([*TINY, "--out", str(run)]) == 0
+    return run
+
+
+BAD_INPUT = {
+    "--strategy fastest": "invalid choice",
+    "--weighting heavy": "invalid choice",
+    "--dataset imagenet": "invalid choice",
+    "--schedule sigmoid": "invalid choice",
+    "--stepps 3": "unrecognized",
+    "--step 3": "unrecognized",
+    "--timesteps 0": "[1, ",
+    "--steps 0": "[1, ",
+    "--steps 2.5": "not a whole number",
+    "--lr nan": "must lie",
+    "--lr inf": "must lie",
+    "--lr fast": "not a number",
+    "--speed-k 0.5": "[1, ",
+    "--speed-tau 0": "[1, ",
+    "--strategy speed --speed-tau 1001": "1..1000",
+    "--speed-lam 0.4": "[0.5, 1]",
+    "--speed-lam 1.1": "[0.5, 1]",
+    "--beta1 1": "[0, 1)",
+    "--beta1 -0.1": "[0, 1)",
+    "--sampling-steps 1001": "1..1000",
+    "--timesteps 20 --sampling-steps 21": "1..20",
+    "--method ddpm --eta 0.5": "drop",
+    "--strategy adaptive --adaptive-selected 101": "100 timesteps",
+    "--strategy speed --timesteps 1": "at least 2",
+    "--width 9": "even",
+    "--image-size 18": "divide by 4",
+    "--attention 5": "[8, 4]",
+    "--batch-size 9729": "9728 training images",
+    "--dataset folder": "--data-dir",
+    "--dataset folder --data-dir nowhere": "nowhere",
+    "--dataset folder --data-dir {empty}": "no images",
+    "--dataset folder --data-dir {few}": "too few",
+    "--dataset folder --data-dir {broken}": "broken.png",
+    "--out {run}": "not empty",
+    "--out {run}/config.json": "is a file",
+    "--device cuda:99": "torch sees",
+    "--device tpu": "cpu, cuda or cuda:N",
+    "--device cpu --amp fp16": "--amp fp16 needs a GPU",
+    "--resume nowhere": "no such checkpoint",
+    "--resume {run} --lr 1": "drop --lr",
+    "--resume {run}": "done all of its 6 steps",
+    "--generate 4": "--checkpoint",
+    "--checkpoint {run}/checkpoint.pt": "--generate",
+    "--generate 4 --checkpoint nowhere.pt": "no such checkpoint",
+    "--generate 4 --checkpoint {run}/config.json": "no checkpoint of this script",
+    "--generate 4 --checkpoint {cut}": "cut off",
+    "--generate 4 --checkpoint {other}": "no checkpoint of this script",
+    "--generate 4 --checkpoint {altered}": "no checkpoint of this script",
+    "--generate 4 --checkpoint {run}/checkpoint.pt --width 16": "drop --width",
+    "--generate 4 --checkpoint {run}/checkpoint.pt --sampling-steps 51": "50 timesteps",
+}
+
+
+@pytest.fixture(scope="module")
+def places(run_folder, tmp_path_factory):
+    """Folders and files that are wrong in one way each."""
+    root = tmp_path_factory.mktemp("places")
+    for name in ("empty", "few", "broken"):
+        (root / name).mkdir()
+    for i in range(300):
+        Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(root / "broken" / f"{i}.png")
+        if i < 20:
+            Image.new("RGB", (8, 8)).save(root / "few" / f"{i}.png")
+    whole = (run_folder / "checkpoint.pt").read_bytes()
+    (root / "broken" / "broken.png").write_bytes(whole[:200])
+    (root / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": torch.zeros(3)}, root / "other.pt")
+    altered = checkpoint(run_folder)
+    altered["args"]["width"] = 16
+    torch.save(altered, root / "altered.pt")
+    files = {name: root / f"{name}.pt" for name in ("cut", "other", "altered")}
+    return {name: root / name for name in ("empty", "few", "broken")} | files | {"run": run_folder}
+
+
+@pytest.mark.parametrize("command", BAD_INPUT)
+def test_bad_input_is_one_line_status_2_and_nothing_written(here, capsys, places, command):
+    argv = [part.format(**places) for part in command.split()]
+    assert sd.main(argv) == 2
+    err = capsys.readouterr().err
+    lines = err.replace("\r", "\n").strip().splitlines()
+    assert lines[-1].startswith("speedup_diffusion.py: error: ") and BAD_INPUT[command] in lines[-1]
+    assert len([line for line in lines if line.strip() and "reading images" not in line]) == 1
+    assert not list(here.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_is_refused(here, capsys):
+    assert sd.main(["--device", "cuda"]) == 2
+    assert "torch sees 0 GPUs" in capsys.readouterr().err
+
+
+def test_a_failed_download_says_what_to_do(here, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise RuntimeError("Error downloading train-images\nsecond line")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.__init__", offline)
+    assert sd.main(["--dataset", "mnist"]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "\n" not in err and "Error downloading train-images" in err and "--dataset folder" in err
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sd.main(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for action in sd.make_parser()._actions:
+        required = action.dest in ("help", "out", "resume", "generate", "checkpoint")
+        assert action.option_strings[0] in text
+        assert required or "(default: " in action.help, action.dest
+
+
+def test_the_script_runs_as_a_script_and_stops_on_ctrl_c(here):
+    script = [sys.executable, str(Path(sd.__file__)), *TINY, "--steps", "100000"]
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = here / "runs" / "digits-uniform"
+    deadline = time.monotonic() + 60
+    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert checkpoint(run)["step"] % 3 == 0
+
+
+# The default run, minutes long
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """A small convolutional network that reads at least 97% of held-out rendered digits."""
+    torch.manual_seed(0)
+    images, labels = sd.render_digits(10_240, 16, 1)
+    x = images.float() / 127.5 - 1
+    conv = [
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+    ]
+    net = nn.Sequential(
+        *conv,
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(1024, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    )
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for _ in range(5):
+        for batch in torch.randperm(9_728).split(128):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x[batch]), labels[batch]).backward()
+            optimizer.step()
+    net.eval()
+    accuracy = (net(x[9_728:]).argmax(1) == labels[9_728:]).float().mean().item()
+    assert accuracy >= 0.97
+    return net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["uniform", "logit-normal", "speed", "curriculum", "adaptive"])
+def test_the_default_run_draws_legible_digits_in_five_minutes(here, classifier, strategy):
+    script = [sys.executable, str(Path(sd.__file__)), "--device", "cpu"]
+    begin = time.perf_counter()
+    subprocess.run([*script, "--strategy", strategy, "--out", "run"], check=True)
+    seconds = time.perf_counter() - begin
+    subprocess.run([*script, "--generate", "256", "--checkpoint", "run/checkpoint.pt"], check=True)
+    paths = sorted(Path("run/generated").glob("0*.png"))
+    samples = torch.stack([to_tensor(Image.open(path).convert("L")) for path in paths]) * 2 - 1
+    confidence = classifier(samples).softmax(1).amax(1)
+    legible = (confidence > 0.9).float().mean().item()
+    print(
+        f"{strategy}: {seconds:.0f} s, {legible:.1%} of {len(samples)} samples legible, {metrics('run')[-1]}"
+    )
+    assert len(samples) == 256 and seconds < 300 and legible >= 0.8
