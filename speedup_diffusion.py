@@ -17,12 +17,14 @@ images are float in [-1, 1], [B, C, H, W]; x0 is a clean image, x_t a noisy one,
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
@@ -251,11 +253,12 @@ class AdaptiveSampler:
     (every 40 steps, |S| = 3, queue 20, Adam with lr 1e-2, gradient norm 1, entropy 1e-2): authors' code.
     Differs from the authors' code: before and after share x_t and noise, so that Delta shows the update and
     not the draw; step 1 probes 100 timesteps and not all T (probe=T does); r^2 ranks as their F score does;
-    adaptive pooling, so that images need not be 32x32.
+    Delta^t is vlb_coefficients[t] times the fall of the epsilon-MSE, which is the same when the variance is
+    fixed to beta_t; S may change from the third probe on; adaptive pooling, so that images need not be 32x32.
     Cost in image-forwards: 2 (probe + selected B) every `every` steps, beside 3 B a step for training.
 
     `probs` is the mixture over the images of the batch of the last policy update. The model, an nn.Module with
-    model(x_t, t) -> eps, is measured in eval mode. alphas_cumprod: [T], its device is the policy's.
+    model(x_t, t) -> eps, is measured in eval mode. alphas_cumprod: [T], on the device of the images to come.
     ValueError: fewer timesteps than `selected`, or a number that makes no sense.
     """
 
@@ -269,7 +272,7 @@ class AdaptiveSampler:
         ab = alphas_cumprod.double()
         alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
         self.vlb_coefficients = ((1 - alphas) / (2 * alphas * (1 - ab) * math.log(2))).float()
-        self.alphas_cumprod, self.every, self.entropy = alphas_cumprod, every, entropy
+        self.alphas_cumprod, self.every, self.entropy = alphas_cumprod.float(), every, entropy
         layers = []
         for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
             conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -367,7 +370,7 @@ class AdaptiveSampler:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             self.optimizer.step()
-        self.refresh_probs(x0)
+            self.refresh_probs(x0)
 
     @torch.no_grad()
     def refresh_probs(self, x0):
@@ -402,12 +405,12 @@ def change_aware_weights(alphas_cumprod, lam=0.6):
 
     Wang et al., arXiv:2405.17403. lam = 0.6 from the authors' code, which sets the weight to 1 for t >= tau;
     this is the formula as third parties read it, on all t. Raw: pass the result through `normalize_weights`.
-    alphas_cumprod: [T], T >= 2. ValueError: lam outside [0.5, 1], or T < 2.
+    alphas_cumprod: [T], T >= 3. ValueError: lam outside [0.5, 1], or T < 3.
     """
-    if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 2:
-        raise ValueError(f"lam must lie in [0.5, 1] and T be at least 2, got {lam}, {len(alphas_cumprod)}")
+    if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 3:
+        raise ValueError(f"lam must lie in [0.5, 1] and T be at least 3, got {lam}, {len(alphas_cumprod)}")
     g = torch.gradient(1 - alphas_cumprod.double())[0]
-    g = (g - g.min()) / (g.max() - g.min()).clamp(min=1e-12)
+    g = (g - g.min()) / (g.max() - g.min())
     return ((1 - lam) + (2 * lam - 1) * g).to(alphas_cumprod.dtype)
 
 
@@ -611,19 +614,22 @@ def render_digits(count, size=16, seed=0):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def read_images(open_image, count, size):
-    """uint8 [count, C, size, size] from open_image(i) -> PIL image, centre-cropped; C = 1 if all are grey."""
+def read_images(open_image, names, size):
+    """uint8 [N, C, size, size] from open_image(name) -> PIL image, centre-cropped; C = 1 if all are grey."""
 
-    def read(i):
-        image = ImageOps.exif_transpose(open_image(i)).convert("RGB")
-        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+    def read(name):
+        try:
+            image = ImageOps.exif_transpose(open_image(name)).convert("RGB")
+            return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+        except Exception as error:  # Pillow's readers raise many kinds
+            raise UserError(f"{name} cannot be read as an image ({error}): mend or remove it") from error
 
-    images, grey = torch.empty((count, 3, size, size), dtype=torch.uint8), True
+    images, grey = torch.empty((len(names), 3, size, size), dtype=torch.uint8), True
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(read, range(count)), "reading images", count, unit="img", leave=False)
+        bar = tqdm(pool.map(read, names), "reading images", len(names), unit="img", leave=False)
         for i, pixels in enumerate(bar):
             grey = grey and (pixels == pixels[..., :1]).all()
-            images[i] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+            images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
     return images[:, :1].clone() if grey else images
 
 
@@ -635,38 +641,27 @@ def read_folder(folder, size):
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
     if not paths:
         raise UserError(f"--data-dir {folder}: no images ({' '.join(endings)}) in it or below it")
-
-    def open_image(i):
-        try:
-            image = Image.open(paths[i])
-            image.load()
-        except Exception as error:  # Pillow's readers raise many kinds
-            raise UserError(f"{paths[i]} cannot be read as an image ({error}): mend or remove it") from error
-        return image
-
-    return read_images(open_image, len(paths), size)
+    return read_images(Image.open, paths, size)
 
 
 def load_dataset(name, data_dir, size):
     """(train, held_out), both uint8 [N, C, size, size], on the CPU.
 
-    Held out: the test split where there is one (CelebA: its validation split), else 5% (at least 256) at the
-    end of a fixed shuffle, so that a folder sorted by class is held out evenly. UserError says what is wrong.
+    Held out: the test split where there is one, else the last 5% (at least 256) of a fixed shuffle, so that a
+    folder sorted by class is held out evenly. digits are the same for every --seed: runs can be compared.
     """
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(Path(data_dir), size)
         held_out = max(256, len(images) // 20)
         if len(images) <= held_out:
-            raise UserError(
-                f"--data-dir {data_dir}: {len(images)} images, of which 256 are held out: too few"
-            )
+            raise UserError(f"--data-dir {data_dir}: {len(images)} images, 256 of them held out, are too few")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order[:-held_out]], images[order[-held_out:]]
     datasets = torchvision.datasets
     kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
     try:
         if name == "celeba":
-            parts = [datasets.CelebA(data_dir, split=split, download=True) for split in ("train", "valid")]
+            parts = [datasets.CelebA(data_dir, split=split, download=True) for split in ("train", "test")]
         else:
             parts = [kinds[name](data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a full disk, a missing gdown, a checksum: torchvision says which
@@ -675,7 +670,7 @@ def load_dataset(name, data_dir, size):
             f"{name} is not in {data_dir} and could not be downloaded ({reason}): put its files there as "
             f"torchvision expects them, or use --dataset folder or digits"
         ) from error
-    train, held_out = (read_images(lambda i, part=part: part[i][0], len(part), size) for part in parts)
+    train, held_out = (read_images(lambda i, part=part: part[i][0], range(len(part)), size) for part in parts)
     return train, held_out
 
 
@@ -731,17 +726,12 @@ def save_timesteps(drawn, steps, path):
     T = drawn.shape[1]
     density = F.adaptive_avg_pool1d(drawn.float().cpu(), min(50, T))
     density = (density / density.mean(1, keepdim=True).clamp(min=1e-9)).T.flip(0).numpy()
-    colours = (
-        (255, 255, 255),
-        (125, 175, 220),
-        (20, 60, 130),
-        (10, 10, 50),
-    )  # at 0, 1, 2 and 4 times uniform
+    levels, colours = (0, 1, 2, 4), ((255, 255, 255), (125, 175, 220), (20, 60, 130), (10, 10, 50))
     picture = Image.new("RGB", (700, 400), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
 
     def paint(values, box):
-        rgb = np.stack([np.interp(values, (0, 1, 2, 4), channel) for channel in zip(*colours)], -1)
+        rgb = np.stack([np.interp(values, levels, channel) for channel in zip(*colours)], -1)
         size = box[2] - box[0], box[3] - box[1]
         picture.paste(Image.fromarray(rgb.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), box[:2])
         draw.rectangle(box, outline="black")
@@ -843,7 +833,7 @@ def start_run(args):
 def drop_rows_after(step, path):
     """Cut metrics.csv back to the checkpoint: the rows of the steps after it will be written again."""
     header, *rows = path.read_text().splitlines(keepends=True)
-    kept = [row for row in rows if int(row.split(",")[0]) <= step]
+    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
     write_whole(path, lambda temporary: temporary.write_text(header + "".join(kept)))
 
 
@@ -853,14 +843,14 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model, _ = build_model(
-            argparse.Namespace(**checkpoint["args"] | {"device": "cpu"}), checkpoint["channels"]
-        )
-        model.load_state_dict(checkpoint["model"])
+        settings = argparse.Namespace(**checkpoint["args"] | {"device": "cpu"})
+        for weights in (checkpoint["model"], checkpoint["ema"]):
+            build_model(settings, checkpoint["channels"])[0].load_state_dict(weights)
+        missing = {"optimizer", "scaler", "drawn", "step", "seconds"} - set(checkpoint)
+        refuse(missing, "incomplete")
     except Exception as error:  # cut off, of another program, pickled code: each raises its own kind
-        raise UserError(
-            f"{path} is cut off or no checkpoint of this script ({type(error).__name__})"
-        ) from error
+        reason = type(error).__name__
+        raise UserError(f"{path} is cut off or no checkpoint of this script ({reason})") from error
     return checkpoint
 
 
@@ -873,8 +863,8 @@ def generate(args):
         raise UserError(f"--sampling-steps {steps}: this model has {run.timesteps} timesteps")
     autocast, _ = make_autocast(args)
     model, diffusion = build_model(run, checkpoint["channels"])
-    ema = AveragedModel(model).eval()
-    ema.load_state_dict(checkpoint["ema"])
+    model.load_state_dict(checkpoint["ema"])
+    model.eval()
     folder = new_folder(args.out, Path(args.checkpoint).parent / "generated")
     generator, first = torch.Generator().manual_seed(args.seed), []
     with tqdm(total=args.generate, unit="img", desc="generating") as bar:
@@ -882,7 +872,7 @@ def generate(args):
             shape = min(args.batch_size or 256, args.generate - bar.n), checkpoint["channels"]
             shape += run.image_size, run.image_size
             with autocast():
-                images = diffusion.sample(ema, shape, args.method, steps, args.eta, generator).cpu()
+                images = diffusion.sample(model, shape, args.method, steps, args.eta, generator).cpu()
             for number, image in enumerate(images, bar.n):
                 save_image(image, folder / f"{number:06d}.png", normalize=True, value_range=(-1, 1))
             first += images[: 64 - len(first)]
@@ -900,16 +890,14 @@ def train(args, folder=None, checkpoint=None):
     if args.batch_size > count:
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} training images")
     if checkpoint and channels != checkpoint["channels"]:
-        raise UserError(
-            f"{args.data_dir}: images of {channels} channels, the run has {checkpoint['channels']}"
-        )
+        raise UserError(f"{args.data_dir} has {channels} channels, the run {checkpoint['channels']}")
     images, held_out = images.to(device), held_out.to(device)
 
     torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
     model, diffusion = build_model(args, channels)
     sampler, raw_weights = build_strategy(args, diffusion.alphas_cumprod, channels)
     adaptive = args.strategy == "adaptive"
-    ema = AveragedModel(model).eval()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
     drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
@@ -920,7 +908,8 @@ def train(args, folder=None, checkpoint=None):
         start, seconds = checkpoint["step"], checkpoint["seconds"]
         drawn.copy_(checkpoint["drawn"])
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            if checkpoint[name]:  # a scaler that was off has no state
+                part.load_state_dict(checkpoint[name])
         drop_rows_after(start, folder / "metrics.csv")
     else:
         folder = start_run(args)
@@ -934,9 +923,7 @@ def train(args, folder=None, checkpoint=None):
 
     per_epoch = count // args.batch_size
     loss_sum, logged = torch.zeros((), device=device), start
-    bar = tqdm(
-        desc=args.strategy, total=args.steps, initial=start, unit="img", unit_scale=float(args.batch_size)
-    )
+    bar = tqdm(desc=args.strategy, total=args.steps, initial=start, unit="img", unit_scale=args.batch_size)
     clock = time.perf_counter()
     for step in range(start, args.steps):
         # All randomness follows from the seed and the step: a resumed run draws what the unbroken one would,
@@ -945,7 +932,7 @@ def train(args, folder=None, checkpoint=None):
         if batch == 0 or step == start:
             shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
             order = torch.randperm(count, generator=shuffle).to(device)
-        torch.manual_seed(args.seed * 1_000_003 + step)
+        torch.manual_seed(args.seed * 1_000_003 + 2 * step)
         x0 = to_float(images[order[batch * args.batch_size : (batch + 1) * args.batch_size]])
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
@@ -953,6 +940,7 @@ def train(args, folder=None, checkpoint=None):
         t = sampler.sample(x0, step)
         drawn[step * COLUMNS // args.steps].scatter_add_(0, t, torch.ones_like(t, dtype=torch.int32))
 
+        torch.manual_seed(args.seed * 1_000_003 + 2 * step + 1)  # of dropout, whatever the sampler drew
         with autocast():
             eps = model(diffusion.q_sample(x0, t, noise), t)
         mse = (eps.float() - noise).square().flatten(1).mean(1)
@@ -976,8 +964,8 @@ def train(args, folder=None, checkpoint=None):
             with autocast():
                 sampler.after_update(model)
         # The average forgets the random start: its decay grows to the final value over the first steps.
-        ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + step) / (10 + step)))
-        ema.update_parameters(model)
+        average = get_ema_multi_avg_fn(min(args.ema_decay, (1 + step) / (10 + step)))
+        average(list(ema.parameters()), list(model.parameters()), None)
         loss_sum += loss.detach()
         bar.update()
 
@@ -996,17 +984,12 @@ def train(args, folder=None, checkpoint=None):
             settings = args.method, args.sampling_steps, args.eta, torch.Generator().manual_seed(0)
             save_grid(diffusion.sample(ema_predict, (64, channels, *size), *settings), folder / "samples.png")
             save_timesteps(drawn, args.steps, folder / "timesteps.png")
-            state = {
-                "args": vars(args),
-                "channels": channels,
-                "step": done,
-                "seconds": seconds,
-                "drawn": drawn,
-            }
-            state |= {name: part.state_dict() for name, part in parts.items()}
-            write_whole(folder / "checkpoint.pt", functools.partial(torch.save, state))
         with open(folder / "metrics.csv", "a") as file:
             file.write(",".join(map(str, row)) + "," * (len(METRICS) - len(row)) + "\n")
+        if measure:  # after the row: a resumed run drops the rows its checkpoint does not know
+            state = {"args": vars(args), "channels": channels, "step": done, "seconds": seconds}
+            state |= {"drawn": drawn} | {name: part.state_dict() for name, part in parts.items()}
+            write_whole(folder / "checkpoint.pt", functools.partial(torch.save, state))
         clock = time.perf_counter()
     bar.close()
     print(f"{seconds:.0f} s of training: val_mse {val_mse:.5f}, val_vlb {val_vlb:.4f} bits per dimension")
@@ -1018,7 +1001,7 @@ def train(args, folder=None, checkpoint=None):
 # ---------------------------------------------------------------------------------------------------------
 
 # What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes;
-# cifar10: the setting of the adaptive sampler's authors; the others are scaled from these two.
+# cifar10: the adaptive sampler's authors', but for their quad schedule; the others follow from these two.
 # fmt: off
 PER_DATASET = ("image_size", "patch", "width", "mults", "num_blocks", "attention", "dropout",
                "steps", "batch_size", "lr", "warmup", "ema_decay", "eval_every", "flip")
@@ -1124,7 +1107,7 @@ def make_parser():
     add("--warmup", count, "steps to the full learning rate")
     add("--ema-decay", real("[0, 1)"), "of the weight average that is evaluated and sampled")
     add("--grad-clip", real("(0, 1e6]"), "largest gradient norm", 1.0)
-    add("--seed", whole("[0, 2147483647]"), "of model, order, noise and timesteps", 0)
+    add("--seed", whole("[0, 2147483647]"), "of model, order, noise and timesteps, not of the digits", 0)
     add("--eval-every", count, "steps between measurements, samples and checkpoints")
     add("--device", str, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--amp", ("auto", "off", "bf16", "fp16"), "auto: bf16 or fp16 on a GPU, off on a CPU", "auto")
@@ -1140,6 +1123,16 @@ def make_parser():
     add("--generate", count, "write N samples of --checkpoint as PNG files, train nothing", metavar="N")
     add("--checkpoint", str, "the checkpoint to generate from", metavar="FILE")
     return parser
+
+
+def usable_device(name, amp):
+    """The device of that name, or the best one where name is None. UserError if this machine lacks it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    refuse(not re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name}: use cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count()
+    refuse(name != "cpu" and int(name[5:] or 0) >= gpus, f"--device {name}: torch sees {gpus} GPUs; use cpu")
+    refuse(name == "cpu" and amp == "fp16", "--amp fp16 needs a GPU: use bf16 or off on a CPU")
+    return name
 
 
 def parse_args(argv):
@@ -1160,20 +1153,13 @@ def parse_args(argv):
     fixed = args.method == "ddpm" and given & {"sampling_steps", "eta"}
     refuse(fixed, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
 
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = args.device.partition(":")
-    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdecimal()))
-    refuse(not known, f"--device {args.device}: use cpu, cuda or cuda:N")
-    gpus = torch.cuda.device_count()
-    refuse(
-        kind == "cuda" and int(index or 0) >= gpus, f"--device {args.device}: torch sees {gpus} GPUs; use cpu"
-    )
-    refuse(kind == "cpu" and args.amp == "fp16", "--amp fp16 needs a GPU: use bf16 or off on a CPU")
+    if args.resume is None:
+        args.device = usable_device(args.device, args.amp)
     refuse(args.out == "", "--out needs a name")
     out = Path(args.out or "runs")
     refuse(out.exists() and not out.is_dir(), f"{out} is a file: name a folder with --out")
     refuse(args.out and out.is_dir() and any(out.iterdir()), f"--out {out} is not empty: name a new folder")
-    if args.resume or args.generate:
+    if args.resume is not None or args.generate:
         return args, given
 
     for name, value in zip(PER_DATASET, DATASETS[args.dataset]):
@@ -1183,7 +1169,7 @@ def parse_args(argv):
     refuse(args.dataset == "folder" and "data_dir" not in given, "--dataset folder needs --data-dir FOLDER")
     refuse(args.speed_tau and args.speed_tau > T, f"--speed-tau {args.speed_tau} must lie in 1..{T}")
     change_aware = args.weighting == "change-aware" or (args.strategy, args.weighting) == ("speed", "auto")
-    refuse(change_aware and T < 2, "change-aware weights need at least 2 timesteps")
+    refuse(change_aware and T < 3, "change-aware weights need at least 3 timesteps")
     too_many = args.strategy == "adaptive" and args.adaptive_selected > probed
     refuse(too_many, f"--adaptive-selected {args.adaptive_selected} exceeds the {probed} timesteps probed")
     args.sampling_steps = args.sampling_steps or min(50, T)
@@ -1194,23 +1180,25 @@ def parse_args(argv):
         args.image_size % shrink, f"--image-size {args.image_size} must divide by {shrink} (patch, levels)"
     )
     sides = [args.image_size // args.patch // 2**level for level in range(len(args.mults))]
-    refuse(
-        set(args.attention) - set(sides), f"--attention {args.attention}: the feature map sides are {sides}"
-    )
+    if "attention" not in given:  # the default is for the default sides
+        args.attention = [side for side in args.attention if side in sides] or sides[-1:]
+    refuse(set(args.attention) - set(sides), f"--attention {args.attention}: the sides are {sides}")
     return args, given
 
 
 def main(argv=None):
-    """Exit status: 0, or 2 for what the user can mend, or 130 after Ctrl-C."""
+    """Exit status: 0; 2 for what the user can mend, 1 for what the disk refused, 130 after Ctrl-C."""
     try:
         args, given = parse_args(argv)
         if args.generate:
             generate(args)
-        elif args.resume:
+        elif args.resume is not None:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder / "checkpoint.pt")
-            settings = checkpoint["args"] | {"device": args.device}
-            settings |= {"data_dir": args.data_dir} if "data_dir" in given else {}
+            settings = checkpoint["args"] | {
+                name: vars(args)[name] for name in given & {"device", "data_dir"}
+            }
+            settings["device"] = usable_device(settings["device"], settings["amp"])
             refuse(
                 checkpoint["step"] >= settings["steps"],
                 f"{folder} has done all of its {settings['steps']} steps",
@@ -1221,8 +1209,11 @@ def main(argv=None):
     except UserError as error:
         print(f"speedup_diffusion.py: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # such as a folder taken away
+        print(f"speedup_diffusion.py: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("\nstopped: --resume RUN goes on from the run's last checkpoint", file=sys.stderr)
+        print("\nstopped: a run that has a checkpoint.pt goes on with --resume RUN", file=sys.stderr)
         return 130
     return 0
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What speedup_diffusion.py promises, in its own order. `make test` runs all but the tests marked slow."""
 
+import contextlib
 import copy
 import csv
 import functools
@@ -447,9 +448,11 @@ def test_adaptive_goes_on_from_its_state():
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 28, 28), (5, 3, 32, 32), (5, 4, 5, 7), (5, 3, 64, 64)])
-def test_adaptive_takes_images_of_any_size(shape):
-    sampler = sd.AdaptiveSampler(sd.GaussianDiffusion().alphas_cumprod, in_channels=shape[1])
-    assert sampler.sample(torch.randn(shape), 0).shape == (5,)
+def test_adaptive_takes_images_of_any_size_and_tables_of_any_precision(shape):
+    ab = sd.GaussianDiffusion().alphas_cumprod
+    for sampler in (sd.AdaptiveSampler(ab, shape[1]), sd.AdaptiveSampler(ab.double(), shape[1])):
+        assert sampler.sample(torch.randn(shape), 0).shape == (5,)
+        sampler.before_update(Recorder(), 0)
 
 
 # 2 Accelerations: weights and momentum decay
@@ -620,10 +623,17 @@ def test_a_folder_of_any_images_is_read_and_held_out_evenly(image_folder):
     assert torch.equal(train, train_again)
 
 
-def test_a_grey_folder_has_one_channel_and_pixels_are_kept(tmp_path):
+def write_grey(folder):
+    """300 grey images of random pixels, which are returned."""
+    folder.mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (300, 8, 8), np.uint8)
     for i, image in enumerate(pixels):
-        Image.fromarray(image).save(tmp_path / f"{i:03d}.png")
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return pixels
+
+
+def test_a_grey_folder_has_one_channel_and_pixels_are_kept(tmp_path):
+    pixels = write_grey(tmp_path)
     train, held_out = sd.load_dataset("folder", tmp_path, 8)
     got = {bytes(image.numpy()) for image in torch.cat([train, held_out])}
     assert train.shape[1] == 1 and got == {bytes(image) for image in pixels}
@@ -765,6 +775,7 @@ def test_strategies_share_model_images_and_noise(here, monkeypatch):
     def watch(self, x0, t, noise):
         if torch.is_grad_enabled():
             seen[strategy]["batches"].append((x0.clone(), noise.clone(), t.clone()))
+            seen[strategy]["masks"].append(torch.get_rng_state())  # what dropout will draw from
         return q_sample(self, x0, t, noise)
 
     def watch_build(args, channels):
@@ -775,19 +786,95 @@ def test_strategies_share_model_images_and_noise(here, monkeypatch):
     monkeypatch.setattr(sd.GaussianDiffusion, "q_sample", watch)
     monkeypatch.setattr(sd, "build_model", watch_build)
     for strategy in sd.STRATEGIES:
-        seen[strategy] = {"batches": []}
-        assert sd.main(["--strategy", strategy, "--adaptive-every", "2", "--flip", *TINY]) == 0
+        seen[strategy] = {"batches": [], "masks": []}
+        options = ["--strategy", strategy, "--adaptive-every", "2", "--flip", "--dropout", "0.2"]
+        assert sd.main([*options, *TINY]) == 0
     for strategy in sd.STRATEGIES[1:]:
         assert_same_tensors(seen["uniform"]["model"], seen[strategy]["model"])
         assert len(seen[strategy]["batches"]) == 6
         for (x0, noise, t), (x0_, noise_, t_) in zip(seen["uniform"]["batches"], seen[strategy]["batches"]):
             assert torch.equal(x0, x0_) and torch.equal(noise, noise_) and not torch.equal(t, t_)
+        for mask, mask_ in zip(seen["uniform"]["masks"], seen[strategy]["masks"]):
+            assert torch.equal(mask, mask_)
     x0 = torch.cat([batch[0] for batch in seen["uniform"]["batches"]])
     digits = {bytes(image.numpy()) for image in sd.load_dataset("digits", None, 16)[0]}
     pixels = (x0.add(1) * 127.5).round().byte()
     plain = sum(bytes(image.contiguous().numpy()) in digits for image in pixels)
     mirrored = sum(bytes(image.flip(-1).contiguous().numpy()) in digits for image in pixels)
     assert len(x0) == 96 and plain + mirrored >= 96 and 25 < mirrored < 71
+
+
+def settings(*argv):
+    return sd.parse_args([*argv, "--device", "cpu"])[0]
+
+
+def test_the_flags_of_each_method_reach_it():
+    ab = sd.GaussianDiffusion("linear", 1000).alphas_cumprod
+
+    def build(*argv):
+        return sd.build_strategy(settings(*argv), ab, channels=1)
+
+    change_aware = sd.change_aware_weights(ab, 0.8)
+    speed, weights = build(
+        "--strategy", "speed", "--speed-k", "3", "--speed-tau", "100", "--speed-lam", "0.8"
+    )
+    assert torch.equal(speed.probs, sd.SpeeDSampler(ab, 3.0, 100).probs) and torch.equal(
+        weights, change_aware
+    )
+    assert torch.equal(build("--strategy", "speed", "--weighting", "none")[1], torch.ones(1000))
+    assert torch.equal(build("--strategy", "adaptive")[1], torch.ones(1000))
+    assert torch.equal(build("--weighting", "change-aware", "--speed-lam", "0.8")[1], change_aware)
+    assert torch.equal(
+        build("--weighting", "min-snr", "--min-snr-gamma", "2")[1], sd.min_snr_weights(ab, 2.0)
+    )
+    p2 = build("--weighting", "p2", "--p2-k", "2", "--p2-gamma", "0.5")[1]
+    assert torch.equal(p2, sd.p2_weights(ab, 2.0, 0.5))
+    flags = ["--curriculum-mu", "0.7", "--curriculum-sigma", "0.2", "--steps", "50"]
+    curriculum, _ = build("--strategy", "curriculum", *flags)
+    assert torch.equal(curriculum.gaussian, sd.CurriculumSampler(1000, 50, 0.7, 0.2).gaussian)
+    assert curriculum.total_steps == 50
+    flags = {"every": "7", "selected": "2", "queue": "9", "probe": "30", "lr": "0.5", "entropy": "0.25"}
+    adaptive, _ = build(
+        "--strategy", "adaptive", *(x for k, v in flags.items() for x in (f"--adaptive-{k}", v))
+    )
+    assert (adaptive.every, adaptive.selected.tolist(), adaptive.queue.shape) == (7, [0, 1], (9, 30))
+    assert adaptive.optimizer.param_groups[0]["lr"] == 0.5 and adaptive.entropy == 0.25
+    assert isinstance(build("--strategy", "logit-normal")[0], sd.LogitNormalSampler)
+
+
+@pytest.mark.parametrize(
+    "argv", [["--strategy", "speed"], ["--weighting", "p2"], ["--strategy", "curriculum"]]
+)
+def test_the_loss_is_the_weighted_mse(here, monkeypatch, argv):
+    seen, q_sample = [], sd.GaussianDiffusion.q_sample
+
+    def watch(self, x0, t, noise):
+        seen.append((t, noise))
+        return q_sample(self, x0, t, noise)
+
+    monkeypatch.setattr(sd.GaussianDiffusion, "q_sample", watch)
+    assert sd.main([*argv, *TINY, "--steps", "1", "--out", "run"]) == 0
+    t, noise = seen[0]  # the first batch; a new U-Net predicts 0, so its MSE is the noise's mean square
+    ab = sd.GaussianDiffusion("linear", 50).alphas_cumprod
+    sampler, raw = sd.build_strategy(settings(*argv, *TINY), ab, 1)
+    weights = sd.normalize_weights(raw, sampler.probs)
+    expected = (weights[t] * noise.square().mean((1, 2, 3))).mean().item()
+    assert float(metrics("run")[0]["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "argv, attention",
+    [
+        (["--dataset", "cifar10"], [16]),
+        (["--dataset", "mnist", "--image-size", "32"], [8]),
+        (["--patch", "1"], [8]),
+        (["--mults", "1"], [8]),
+        (["--attention"], []),
+        (["--attention", "8", "4"], [8, 4]),
+    ],
+)
+def test_attention_defaults_follow_the_image_size(argv, attention):
+    assert settings(*argv).attention == attention
 
 
 def test_the_optimiser_receives_the_decayed_momentum(here, monkeypatch):
@@ -809,6 +896,22 @@ def test_the_optimiser_receives_the_decayed_momentum(here, monkeypatch):
     assert metrics("runs/digits-uniform-momentum-decay")[-1]["beta1"] == f"{received[-1][1][0]:.6g}"
 
 
+@contextlib.contextmanager
+def stopping_at(step):
+    """Ctrl-C in the middle of that training step."""
+    update, calls = torch.optim.AdamW.step, []
+
+    def stop(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return update(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop)
+        yield
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -817,22 +920,13 @@ def test_the_optimiser_receives_the_decayed_momentum(here, monkeypatch):
         ["--strategy", "adaptive", "--adaptive-every", "2", "--weighting", "p2"],
     ],
 )
-def test_a_resumed_run_is_the_run_that_never_stopped(here, monkeypatch, options):
+def test_a_resumed_run_is_the_run_that_never_stopped(here, options):
     options = [*options, *TINY, "--steps", "10", "--eval-every", "4"]
     assert sd.main([*options, "--out", "whole"]) == 0
-    step, calls = torch.optim.AdamW.step, []
-
-    def stop_at_seven(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", stop_at_seven)
+    with stopping_at(7):
         assert sd.main([*options, "--out", "broken"]) == 130
     assert checkpoint("broken")["step"] == 4
-    assert sd.main(["--resume", "broken"]) == 0
+    assert sd.main(["--resume", "broken"]) == 0  # with the run's own device
     whole, broken = checkpoint("whole"), checkpoint("broken")
     for part in ("model", "ema", "optimizer", "sampler", "drawn"):
         if part in whole:
@@ -869,10 +963,17 @@ def test_generate_writes_images_that_repeat_with_the_seed(here):
     assert Image.open("run/generated/000000.png").size == (16, 16)
 
 
-def test_a_folder_trains_and_resumes_where_it_was_moved(here, image_folder):
-    options = ["--dataset", "folder", "--image-size", "8", "--mults", "1", "2", "--attention", "4", *TINY]
-    assert sd.main([*options, "--data-dir", str(image_folder), "--amp", "bf16", "--method", "ddim"]) == 0
-    assert checkpoint("runs/folder-uniform")["channels"] == 3
+def test_a_folder_trains_and_resumes_where_it_was_moved(here, image_folder, capsys):
+    options = ["--dataset", "folder", "--image-size", "8", "--mults", "1", "2", "--amp", "bf16", *TINY]
+    with stopping_at(5):
+        assert sd.main([*options, "--data-dir", str(image_folder)]) == 130
+    moved = image_folder.rename(here / "moved")
+    assert sd.main(["--resume", "runs/folder-uniform"]) == 2 and str(image_folder) in capsys.readouterr().err
+    write_grey(here / "grey")
+    assert sd.main(["--resume", "runs/folder-uniform", "--data-dir", "grey"]) == 2
+    assert "1 channels, the run 3" in capsys.readouterr().err
+    assert sd.main(["--resume", "runs/folder-uniform", "--data-dir", str(moved)]) == 0
+    assert [int(row["step"]) for row in metrics("runs/folder-uniform")] == [3, 6]
     assert all(math.isfinite(float(row["val_vlb"])) for row in metrics("runs/folder-uniform"))
 
 
@@ -916,7 +1017,7 @@ BAD_INPUT = {
     "--timesteps 20 --sampling-steps 21": "1..20",
     "--method ddpm --eta 0.5": "drop",
     "--strategy adaptive --adaptive-selected 101": "100 timesteps",
-    "--strategy speed --timesteps 1": "at least 2",
+    "--strategy speed --timesteps 2": "at least 3",
     "--width 9": "even",
     "--image-size 18": "divide by 4",
     "--attention 5": "[8, 4]",
@@ -930,6 +1031,10 @@ BAD_INPUT = {
     "--out {run}/config.json": "is a file",
     "--device cuda:99": "torch sees",
     "--device tpu": "cpu, cuda or cuda:N",
+    "--device cuda:": "cpu, cuda or cuda:N",
+    "--resume {empty}": "no such checkpoint",
+    "--dataset folder --data-dir {exif}": "exif.png",
+    "--resume {part}": "no checkpoint of this script",
     "--device cpu --amp fp16": "--amp fp16 needs a GPU",
     "--resume nowhere": "no such checkpoint",
     "--resume {run} --lr 1": "drop --lr",
@@ -950,21 +1055,27 @@ BAD_INPUT = {
 def places(run_folder, tmp_path_factory):
     """Folders and files that are wrong in one way each."""
     root = tmp_path_factory.mktemp("places")
-    for name in ("empty", "few", "broken"):
+    folders = ("empty", "few", "broken", "exif", "part")
+    for name in folders:
         (root / name).mkdir()
     for i in range(300):
-        Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(root / "broken" / f"{i}.png")
+        for name in ("broken", "exif"):
+            Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(root / name / f"{i}.png")
         if i < 20:
             Image.new("RGB", (8, 8)).save(root / "few" / f"{i}.png")
     whole = (run_folder / "checkpoint.pt").read_bytes()
     (root / "broken" / "broken.png").write_bytes(whole[:200])
+    Image.new("RGB", (8, 8)).save(root / "exif" / "exif.png", exif=b"Exif\0\0garbage!")
+    torch.save(
+        {k: v for k, v in checkpoint(run_folder).items() if k != "optimizer"}, root / "part" / "checkpoint.pt"
+    )
     (root / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"weights": torch.zeros(3)}, root / "other.pt")
     altered = checkpoint(run_folder)
     altered["args"]["width"] = 16
     torch.save(altered, root / "altered.pt")
     files = {name: root / f"{name}.pt" for name in ("cut", "other", "altered")}
-    return {name: root / name for name in ("empty", "few", "broken")} | files | {"run": run_folder}
+    return {name: root / name for name in folders} | files | {"run": run_folder}
 
 
 @pytest.mark.parametrize("command", BAD_INPUT)
@@ -1010,10 +1121,13 @@ def test_the_script_runs_as_a_script_and_stops_on_ctrl_c(here):
     process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     run = here / "runs" / "digits-uniform"
     deadline = time.monotonic() + 60
-    while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(2)
-    _, err = process.communicate(timeout=60)
+    try:
+        while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(2)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
     assert checkpoint(run)["step"] % 3 == 0
 
