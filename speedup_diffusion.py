@@ -1006,7 +1006,7 @@ def train(args, folder=None, checkpoint=None):
 PER_DATASET = ("image_size", "patch", "width", "mults", "num_blocks", "attention", "dropout",
                "steps", "batch_size", "lr", "warmup", "ema_decay", "eval_every", "flip")
 DATASETS = {
-    "digits":        (16, 2,  48, [1, 1],       1, [4],  0.0,   2_000, 128, 2e-3,   100, 0.998,    500, False),
+    "digits":        (16, 2,  48, [1, 1],       1, [4],  0.0,   1_600, 128, 2e-3,   100, 0.998,    400, False),
     "mnist":         (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, False),
     "fashion-mnist": (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, True),
     "cifar10":       (32, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 100_000, 128, 2e-4, 5_000, 0.9999, 5_000, True),
