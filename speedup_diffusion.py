@@ -1176,9 +1176,7 @@ def parse_args(argv):
     refuse(args.sampling_steps > T, f"--sampling-steps {args.sampling_steps} must lie in 1..{T}")
     refuse(args.width % 2, f"--width {args.width} must be even")
     shrink = args.patch * 2 ** (len(args.mults) - 1)
-    refuse(
-        args.image_size % shrink, f"--image-size {args.image_size} must divide by {shrink} (patch, levels)"
-    )
+    refuse(args.image_size % shrink, f"--image-size {args.image_size} must divide by {shrink}")
     sides = [args.image_size // args.patch // 2**level for level in range(len(args.mults))]
     if "attention" not in given:  # the default is for the default sides
         args.attention = [side for side in args.attention if side in sides] or sides[-1:]
@@ -1195,14 +1193,11 @@ def main(argv=None):
         elif args.resume is not None:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder / "checkpoint.pt")
-            settings = checkpoint["args"] | {
-                name: vars(args)[name] for name in given & {"device", "data_dir"}
-            }
+            elsewhere = {name: vars(args)[name] for name in given & {"device", "data_dir"}}
+            settings = checkpoint["args"] | elsewhere
             settings["device"] = usable_device(settings["device"], settings["amp"])
-            refuse(
-                checkpoint["step"] >= settings["steps"],
-                f"{folder} has done all of its {settings['steps']} steps",
-            )
+            steps = settings["steps"]
+            refuse(checkpoint["step"] >= steps, f"{folder} has done all of its {steps} steps")
             train(argparse.Namespace(**settings), folder, checkpoint)
         else:
             train(args)
