@@ -665,7 +665,7 @@ def load_dataset(name, data_dir, size):
         else:
             parts = [kinds[name](data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a full disk, a missing gdown, a checksum: torchvision says which
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":.")
         raise UserError(
             f"{name} is not in {data_dir} and could not be downloaded ({reason}): put its files there as "
             f"torchvision expects them, or use --dataset folder or digits"
