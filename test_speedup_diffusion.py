@@ -7,6 +7,7 @@ import csv
 import functools
 import json
 import math
+import signal
 import struct
 import subprocess
 import sys
@@ -1118,13 +1119,15 @@ def test_help_names_every_flag_with_its_default(capsys):
 
 def test_the_script_runs_as_a_script_and_stops_on_ctrl_c(here):
     script = [sys.executable, str(Path(sd.__file__)), *TINY, "--steps", "100000"]
-    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
     run = here / "runs" / "digits-uniform"
     deadline = time.monotonic() + 60
     try:
         while not (run / "checkpoint.pt").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
