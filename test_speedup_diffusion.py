@@ -1119,9 +1119,11 @@ def test_help_names_every_flag_with_its_default(capsys):
 
 def test_the_script_runs_as_a_script_and_stops_on_ctrl_c(here):
     script = [sys.executable, str(Path(sd.__file__)), *TINY, "--steps", "100000"]
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job ignores it
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job's child would ignore it
+    process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     run = here / "runs" / "digits-uniform"
     deadline = time.monotonic() + 60
     try:
