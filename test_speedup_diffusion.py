@@ -681,6 +681,17 @@ def test_evaluate_measures_the_bound_of_a_model_that_knows_the_answer():
     assert sd.evaluate(lambda x_t, t: torch.zeros_like(x_t), diffusion, images) == (mse, bound)
 
 
+def test_a_file_is_never_half_written(tmp_path):
+    def fail(path):
+        path.write_text("hal")
+        raise RuntimeError("disk")
+
+    sd.write_whole(tmp_path / "file", lambda path: path.write_text("whole"))
+    with pytest.raises(RuntimeError):
+        sd.write_whole(tmp_path / "file", fail)
+    assert (tmp_path / "file").read_text() == "whole"
+
+
 # 6 Training, through the command line
 
 TINY = ["--width", "8", "--batch-size", "16", "--steps", "6", "--eval-every", "3", "--timesteps", "50"]
