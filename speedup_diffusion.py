@@ -844,8 +844,9 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         settings = argparse.Namespace(**checkpoint["args"] | {"device": "cpu"})
+        model, _ = build_model(settings, checkpoint["channels"])
         for weights in (checkpoint["model"], checkpoint["ema"]):
-            build_model(settings, checkpoint["channels"])[0].load_state_dict(weights)
+            model.load_state_dict(weights)
         missing = {"optimizer", "scaler", "drawn", "step", "seconds"} - set(checkpoint)
         refuse(missing, "incomplete")
     except Exception as error:  # cut off, of another program, pickled code: each raises its own kind

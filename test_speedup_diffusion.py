@@ -764,8 +764,8 @@ def test_every_strategy_trains_and_leaves_its_results(here, strategy, weighting)
 
 def test_training_learns(here):
     assert sd.main([*TINY, "--steps", "80", "--eval-every", "40", "--lr", "1e-2", "--ema-decay", "0.9"]) == 0
-    rows = [row for row in metrics("runs/digits-uniform") if row["val_mse"]]
-    assert float(rows[-1]["val_mse"]) < 0.5 * float(rows[0]["val_mse"]) or float(rows[-1]["val_mse"]) < 0.35
+    first, last = (float(row["val_mse"]) for row in metrics("runs/digits-uniform") if row["val_mse"])
+    assert last < 0.8 * first, (first, last)
 
 
 def test_a_second_run_gets_its_own_folder(here):
@@ -1187,7 +1187,7 @@ def classifier():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [*(["--strategy", s] for s in sd.STRATEGIES), ["--momentum-decay"]])
-def test_the_default_run_draws_legible_digits_in_five_minutes(here, classifier, options):
+def test_the_default_run_draws_legible_digits_in_five_minutes(here, capsys, classifier, options):
     script = [sys.executable, str(Path(sd.__file__)), "--device", "cpu"]
     begin = time.perf_counter()
     subprocess.run([*script, *options, "--out", "run"], check=True)
@@ -1197,7 +1197,6 @@ def test_the_default_run_draws_legible_digits_in_five_minutes(here, classifier, 
     samples = torch.stack([to_tensor(Image.open(path).convert("L")) for path in paths]) * 2 - 1
     confidence = classifier(samples).softmax(1).amax(1)
     legible = (confidence > 0.9).float().mean().item()
-    print(
-        f"\n{' '.join(options)}: {seconds:.0f} s, {legible:.1%} legible of {len(samples)}: {metrics('run')[-1]}"
-    )
+    with capsys.disabled():  # the README's table
+        print(f"\n{' '.join(options)}: {seconds:.0f} s, {legible:.1%} legible, {metrics('run')[-1]}")
     assert len(samples) == 256 and seconds < 300 and legible >= 0.8
