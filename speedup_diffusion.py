@@ -22,11 +22,16 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import socket
 import sys
+import tempfile
 import time
+import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -38,7 +43,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------
@@ -595,6 +600,11 @@ def refuse(condition, message):
         raise UserError(message)
 
 
+def one_line(error):
+    """The first line of an exception's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":.")
+
+
 def render_digits(count, size=16, seed=0):
     """Digits in Pillow's own font, white on black, at random size, place and angle; the seed fixes them.
 
@@ -665,9 +675,8 @@ def load_dataset(name, data_dir, size):
         else:
             parts = [kinds[name](data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:  # no network, a full disk, a missing gdown, a checksum: torchvision says which
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":.")
         raise UserError(
-            f"{name} is not in {data_dir} and could not be downloaded ({reason}): put its files there as "
+            f"{name} is not in {data_dir} and could not be downloaded ({one_line(error)}): put its files there as "
             f"torchvision expects them, or use --dataset folder or digits"
         ) from error
     train, held_out = (read_images(lambda i, part=part: part[i][0], range(len(part)), size) for part in parts)
@@ -704,6 +713,98 @@ def evaluate(model, diffusion, images, count=1024):
     errors = torch.cat(errors)
     bound = diffusion.timesteps * (errors * diffusion.vlb_coefficients[times]).mean()
     return errors.mean().item(), bound.item()
+
+
+def to_uint8(images):
+    """float in [-1, 1] -> uint8 0..255, on the CPU: the inverse of to_float."""
+    return (images.cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
+
+
+def save_pngs(images, folder, first=0):
+    """uint8 [N, C, H, W] as 000000.png, 000001.png ..., numbered from first."""
+    for number, image in enumerate(images, first):
+        to_pil_image(image).save(folder / f"{number:06d}.png")
+
+
+def draw_samples(model, diffusion, count, shape, args, seed, title, batch_size=256):
+    """Yields count images of shape (C, H, W) in [-1, 1], a batch at a time, as args sample; seed fixes them."""
+    generator = torch.Generator().manual_seed(seed)
+    with tqdm(total=count, unit="img", desc=title, leave=False) as bar:
+        while bar.n < count:
+            batch = min(batch_size, count - bar.n), *shape
+            yield diffusion.sample(model, batch, args.method, args.sampling_steps, args.eta, generator)
+            bar.update(batch[0])
+
+
+class FrechetDistance:
+    """FID by clean-fid: how far the features of samples are from those of the training images, as Gaussians.
+
+    features: None for InceptionV3, or a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D] at the
+    images' own size; that figure is not FID, and `name` says so. TorchScript runs code: open your own files.
+    reference: (mu [D], sigma [D, D]) of the training images; for published_cifar10 with InceptionV3 those of
+    clean-fid, else measured here from images, uint8 [N, C, H, W], unless the file `saved` holds them already.
+    Opens all of it at once. UserError: what cannot be had, and what to do.
+    """
+
+    def __init__(self, features, device, images, published_cifar10=False, saved=None):
+        self.name = f"FD ({Path(features).name})" if features else "FID"
+        self.device, self.resize = torch.device(device), None
+        try:
+            from cleanfid import features as inception
+            from cleanfid import fid as clean_fid
+
+            clean_fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.eye(2))
+        except (ImportError, TypeError) as error:  # clean-fid 0.1.35 calls what SciPy 1.18 has no more
+            raise UserError(
+                f"--fid-samples: no working clean-fid ({error}): pip install clean-fid 'scipy<1.18'"
+            ) from error
+        self.clean_fid, waited = clean_fid, socket.getdefaulttimeout()
+        socket.setdefaulttimeout(20)  # a machine that is cut off should say so soon
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is to be replaced
+                if features:
+                    self.features, self.resize = torch.jit.load(features, self.device).eval(), np.asarray
+                else:
+                    self.features = inception.build_feature_extractor("clean", self.device, False)
+            if published_cifar10 and not features:
+                self.reference = inception.get_reference_statistics("cifar10", 32, split="train")
+            elif saved and saved.is_file():
+                with np.load(saved) as file:
+                    self.reference = file["mu"], file["sigma"]
+            else:
+                self.reference = self.measure([images])
+        except Exception as error:  # no network, no TorchScript, other shapes: each raises its own kind
+            wanted = f"--fid-features {features} cannot be used" if features else "InceptionV3 cannot be had"
+            instead = (
+                "it must map" if features else "without a network give --fid-features FILE, TorchScript of"
+            )
+            raise UserError(
+                f"{wanted} ({one_line(error)}): {instead} float images [N, 3, H, W] in 0..255 to features [N, D]"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(waited)
+
+    def measure(self, batches):
+        """(mu [D], sigma [D, D]) of the features of batches of uint8 [N, C, H, W]; grey ones become RGB."""
+        # clean-fid's data loader cannot be sent to workers that do not fork
+        workers = os.cpu_count() if multiprocessing.get_start_method() == "fork" else 0
+        with tempfile.TemporaryDirectory() as folder:
+            count = 0
+            for images in batches:
+                save_pngs(images, Path(folder), count)
+                count += len(images)
+            options = {"num_workers": workers, "device": self.device, "verbose": False, "batch_size": 64}
+            features = self.clean_fid.get_folder_features(
+                folder, self.features, custom_fn_resize=self.resize, **options
+            )
+        if features.ndim != 2 or len(features) != count or not np.isfinite(features).all():
+            raise ValueError(f"features of {count} images are {features.shape} or not finite")
+        return features.mean(0), np.cov(features, rowvar=False)
+
+    def __call__(self, batches):
+        """The distance of batches of uint8 images to the reference."""
+        return float(self.clean_fid.frechet_distance(*self.measure(batches), *self.reference))
 
 
 def write_whole(path, write):
@@ -819,13 +920,13 @@ def new_folder(out, default):
         raise UserError(f"no folder for the results ({error}): name another with --out") from error
 
 
-def start_run(args):
-    """The run's new folder with its config.json and an empty metrics.csv."""
+def start_run(args, identity):
+    """The run's new folder with its config.json, with what identity adds to it, and an empty metrics.csv."""
     weighting = [] if args.weighting == "auto" else [args.weighting]
     name = "-".join([args.dataset, args.strategy, *weighting, *["momentum-decay"] * args.momentum_decay])
     folder = new_folder(args.out, Path("runs") / name)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    (folder / "config.json").write_text(json.dumps(vars(args) | versions, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(vars(args) | identity | versions, indent=2) + "\n")
     (folder / "metrics.csv").write_text(",".join(METRICS) + "\n")
     return folder
 
@@ -859,25 +960,21 @@ def generate(args):
     """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
     checkpoint = load_checkpoint(Path(args.checkpoint))
     run = argparse.Namespace(**checkpoint["args"] | {"device": args.device})
-    steps = args.sampling_steps or min(50, run.timesteps)
-    if steps > run.timesteps:
-        raise UserError(f"--sampling-steps {steps}: this model has {run.timesteps} timesteps")
+    args.sampling_steps = args.sampling_steps or min(50, run.timesteps)
+    if args.sampling_steps > run.timesteps:
+        raise UserError(f"--sampling-steps {args.sampling_steps}: this model has {run.timesteps} timesteps")
     autocast, _ = make_autocast(args)
     model, diffusion = build_model(run, checkpoint["channels"])
     model.load_state_dict(checkpoint["ema"])
     model.eval()
     folder = new_folder(args.out, Path(args.checkpoint).parent / "generated")
-    generator, first = torch.Generator().manual_seed(args.seed), []
-    with tqdm(total=args.generate, unit="img", desc="generating") as bar:
-        while bar.n < args.generate:
-            shape = min(args.batch_size or 256, args.generate - bar.n), checkpoint["channels"]
-            shape += run.image_size, run.image_size
-            with autocast():
-                images = diffusion.sample(model, shape, args.method, steps, args.eta, generator).cpu()
-            for number, image in enumerate(images, bar.n):
-                save_image(image, folder / f"{number:06d}.png", normalize=True, value_range=(-1, 1))
-            first += images[: 64 - len(first)]
-            bar.update(len(images))
+    shape, first, done = (checkpoint["channels"], run.image_size, run.image_size), [], 0
+    options = args, args.seed, "generating", args.batch_size or 256
+    with autocast():
+        for images in draw_samples(model, diffusion, args.generate, shape, *options):
+            save_pngs(to_uint8(images), folder, done)
+            done += len(images)
+            first += images[: 64 - len(first)].cpu()
     save_grid(torch.stack(first), folder / "grid.png")
     print(f"{args.generate} images and grid.png in {folder}")
 
@@ -892,6 +989,14 @@ def train(args, folder=None, checkpoint=None):
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} training images")
     if checkpoint and channels != checkpoint["channels"]:
         raise UserError(f"{args.data_dir} has {channels} channels, the run {checkpoint['channels']}")
+    distance, identity = None, {"data": f"{count} images, crc32 {zlib.crc32(images.numpy()):08x}"}
+    if args.fid_samples:
+        saved = folder and folder / "fid_reference.npz"
+        published_cifar10 = (args.dataset, args.image_size) == ("cifar10", 32)
+        distance = FrechetDistance(args.fid_features, device, images, published_cifar10, saved)
+        identity["features"] = distance.name
+        if args.fid_features:
+            identity["features"] += f", crc32 {zlib.crc32(Path(args.fid_features).read_bytes()):08x}"
     images, held_out = images.to(device), held_out.to(device)
 
     torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
@@ -913,7 +1018,9 @@ def train(args, folder=None, checkpoint=None):
                 part.load_state_dict(checkpoint[name])
         drop_rows_after(start, folder / "metrics.csv")
     else:
-        folder = start_run(args)
+        folder = start_run(args, identity)
+        if distance:
+            np.savez(folder / "fid_reference.npz", mu=distance.reference[0], sigma=distance.reference[1])
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on and {len(held_out)} held out")
     print(f"U-Net of {millions:.2f}M parameters on {device}, steps {start} to {args.steps}")
@@ -972,28 +1079,37 @@ def train(args, folder=None, checkpoint=None):
 
         done = step + 1
         measure = done % args.eval_every == 0 or done == args.steps
-        if not measure and done % LOG_EVERY:
+        compare = distance and (done % (args.fid_every or args.steps) == 0 or done == args.steps)
+        if not measure and not compare and done % LOG_EVERY:
             continue
         mean_loss = loss_sum.item() / (done - logged)
         loss_sum, logged = torch.zeros_like(loss_sum), done
         seconds += time.perf_counter() - clock  # of training alone: what follows is not counted
         bar.set_postfix(loss=f"{mean_loss:.4f}")
-        row = [done, done * args.batch_size, f"{seconds:.2f}", *(f"{v:.6g}" for v in (mean_loss, lr, beta1))]
+        row = dict(zip(METRICS, (done, done * args.batch_size, seconds, mean_loss, lr, beta1)))
         if measure:
-            val_mse, val_vlb = evaluate(ema_predict, diffusion, held_out)
-            row += [f"{val_mse:.6g}", f"{val_vlb:.6g}"]
-            settings = args.method, args.sampling_steps, args.eta, torch.Generator().manual_seed(0)
-            save_grid(diffusion.sample(ema_predict, (64, channels, *size), *settings), folder / "samples.png")
+            row["val_mse"], row["val_vlb"] = evaluate(ema_predict, diffusion, held_out)
+            settings = ema_predict, diffusion, 64, (channels, *size), args, 0, "samples"
+            save_grid(torch.cat(list(draw_samples(*settings))), folder / "samples.png")
             save_timesteps(drawn, args.steps, folder / "timesteps.png")
+        if compare:
+            settings = ema_predict, diffusion, args.fid_samples, (channels, *size), args, 0, distance.name
+            try:
+                row["fid"] = distance(map(to_uint8, draw_samples(*settings)))
+            except Exception as error:  # noqa: BLE001, whatever it is costs the figure, not the run
+                tqdm.write(f"{distance.name} could not be measured at step {done}: {one_line(error)}")
         with open(folder / "metrics.csv", "a") as file:
-            file.write(",".join(map(str, row)) + "," * (len(METRICS) - len(row)) + "\n")
+            cells = (row.get(name, "") for name in METRICS)
+            file.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n")
         if measure:  # after the row: a resumed run drops the rows its checkpoint does not know
             state = {"args": vars(args), "channels": channels, "step": done, "seconds": seconds}
             state |= {"drawn": drawn} | {name: part.state_dict() for name, part in parts.items()}
             write_whole(folder / "checkpoint.pt", functools.partial(torch.save, state))
         clock = time.perf_counter()
     bar.close()
-    print(f"{seconds:.0f} s of training: val_mse {val_mse:.5f}, val_vlb {val_vlb:.4f} bits per dimension")
+    figures = f"val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits per dimension"
+    figures += f", {distance.name} {row['fid']:.4g}" if "fid" in row else ""
+    print(f"{seconds:.0f} s of training: {figures}")
     print(f"samples and all else in {folder}")
 
 
@@ -1118,6 +1234,17 @@ def make_parser():
     add("--sampling-steps", count, "timesteps ddim visits (default: 50, or T if that is less)")
     add("--eta", real("[0, 1]"), "noise of ddim: 0 none, 1 as much as ddpm", 0.0)
 
+    add = group("FID")
+    add(
+        "--fid-samples",
+        whole("[2, 1e6]"),
+        "measure FID of the EMA model on N samples at the end",
+        metavar="N",
+    )
+    add("--fid-every", count, "and every so many steps", metavar="STEPS")
+    features = "TorchScript in place of InceptionV3, images 0..255 to features; it runs code: trust the file"
+    add("--fid-features", str, features, metavar="FILE")
+
     add = group("files")
     add("--out", str, "folder of the results, new or empty (default: runs/<dataset>-<strategy>...)")
     add("--resume", str, "go on with the run in this folder, with its own settings", metavar="RUN")
@@ -1173,6 +1300,10 @@ def parse_args(argv):
     refuse(change_aware and T < 3, "change-aware weights need at least 3 timesteps")
     too_many = args.strategy == "adaptive" and args.adaptive_selected > probed
     refuse(too_many, f"--adaptive-selected {args.adaptive_selected} exceeds the {probed} timesteps probed")
+    lost = given & {"fid_every", "fid_features"} and args.fid_samples is None
+    refuse(lost, "--fid-every and --fid-features need --fid-samples N")
+    lost = args.fid_features is not None and not Path(args.fid_features).is_file()
+    refuse(lost, f"--fid-features {args.fid_features}: no such file")
     args.sampling_steps = args.sampling_steps or min(50, T)
     refuse(args.sampling_steps > T, f"--sampling-steps {args.sampling_steps} must lie in 1..{T}")
     refuse(args.width % 2, f"--width {args.width} must be even")

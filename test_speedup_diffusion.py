@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -1151,28 +1152,15 @@ def test_the_script_runs_as_a_script_and_stops_on_ctrl_c(here):
 # The default run, minutes long
 
 
-@pytest.fixture(scope="module")
-def classifier():
+@functools.cache
+def digit_classifier():
     """A small convolutional network that reads at least 97% of held-out rendered digits."""
     torch.manual_seed(0)
     images, labels = sd.render_digits(10_240, 16, 1)
-    x = images.float() / 127.5 - 1
-    conv = [
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-    ]
-    net = nn.Sequential(
-        *conv,
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Dropout(0.3),
-        nn.Linear(1024, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
+    x = sd.to_float(images)
+    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3)]
+    net = nn.Sequential(*layers, nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(5):
         for batch in torch.randperm(9_728).split(128):
@@ -1185,9 +1173,26 @@ def classifier():
     return net
 
 
+class DigitFeatures(nn.Module):
+    """float [N, 3, 16, 16] in 0..255 -> the 64 features of digit_classifier before its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = digit_classifier()[:-2]
+
+    def forward(self, images):
+        return self.net(images.mean(1, keepdim=True) / 127.5 - 1)
+
+
+def save_torchscript(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is to be replaced
+        torch.jit.script(module.eval()).save(path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [*(["--strategy", s] for s in sd.STRATEGIES), ["--momentum-decay"]])
-def test_the_default_run_draws_legible_digits_in_five_minutes(here, capsys, classifier, options):
+def test_the_default_run_draws_legible_digits_in_five_minutes(here, capsys, options):
     script = [sys.executable, str(Path(sd.__file__)), "--device", "cpu"]
     begin = time.perf_counter()
     subprocess.run([*script, *options, "--out", "run"], check=True)
@@ -1195,7 +1200,7 @@ def test_the_default_run_draws_legible_digits_in_five_minutes(here, capsys, clas
     subprocess.run([*script, "--generate", "256", "--checkpoint", "run/checkpoint.pt"], check=True)
     paths = sorted(Path("run/generated").glob("0*.png"))
     samples = torch.stack([to_tensor(Image.open(path).convert("L")) for path in paths]) * 2 - 1
-    confidence = classifier(samples).softmax(1).amax(1)
+    confidence = digit_classifier()(samples).softmax(1).amax(1)
     legible = (confidence > 0.9).float().mean().item()
     with capsys.disabled():  # the README's table
         print(f"\n{' '.join(options)}: {seconds:.0f} s, {legible:.1%} legible, {metrics('run')[-1]}")
