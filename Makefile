@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: run test test-all
+.PHONY: run test test-all compare
 .DELETE_ON_ERROR:
 
 run: $(VENV)/installed
@@ -15,6 +15,48 @@ test-all: $(VENV)/installed  # adds the default run of every strategy: about 25 
 	$(RUN) -m pytest $(MARKERS) test_speedup_diffusion.py
 
 MARKERS = -o markers="slow: takes minutes; left out of make test"
+
+# Every method on the digits with one budget, then the report: some five minutes a run on 2 cores.
+# make compare SEEDS="0 1"                    more than one seed
+# OMP_NUM_THREADS=1 make -j2 compare          two runs side by side
+# make compare FLAGS="--steps 400"            other settings for all
+SEEDS = 0
+FLAGS =
+RESULTS = runs/compare
+BUDGET = --fid-samples 512 --fid-every 200 --fid-features $(RESULTS)/digits.ts
+
+uniform =
+logit-normal = --strategy logit-normal
+speed = --strategy speed
+speed-sampling = --strategy speed --weighting none
+speed-weighting = --weighting change-aware
+curriculum = --strategy curriculum
+momentum-decay = --momentum-decay
+curriculum-momentum-decay = --strategy curriculum --momentum-decay
+adaptive = --strategy adaptive
+adaptive-min-snr = --strategy adaptive --weighting min-snr
+min-snr = --weighting min-snr
+ROWS = uniform logit-normal speed speed-sampling speed-weighting curriculum momentum-decay \
+       curriculum-momentum-decay adaptive adaptive-min-snr min-snr
+RUNS = $(foreach row,$(ROWS),$(foreach seed,$(SEEDS),$(RESULTS)/$(row)-$(seed)))
+
+compare: $(VENV)/matplotlib $(RUNS:=/done)
+	$(RUN) speedup_diffusion.py --report $(RUNS)
+
+# The stem is ROW-SEED. A run that was interrupted starts again.
+$(RESULTS)/%/done: $(RESULTS)/digits.ts | $(VENV)/installed
+	rm -rf $(@D)
+	$(RUN) speedup_diffusion.py $($(patsubst %-$(lastword $(subst -, ,$*)),%,$*)) \
+	    --seed $(lastword $(subst -, ,$*)) --out $(@D) $(BUDGET) $(FLAGS)
+	touch $@
+
+$(RESULTS)/digits.ts: | $(VENV)/installed
+	mkdir -p $(RESULTS)
+	$(RUN) -c "import test_speedup_diffusion as t; t.save_torchscript(t.DigitFeatures(), '$@')"
+
+$(VENV)/matplotlib: $(VENV)/installed
+	$(RUN) -m pip install --quiet matplotlib
+	touch $@
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

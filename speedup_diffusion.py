@@ -7,9 +7,10 @@
     python speedup_diffusion.py --strategy curriculum --momentum-decay  # the two of the consistency paper
     python speedup_diffusion.py --resume runs/digits-speed              # go on from the last checkpoint
     python speedup_diffusion.py --generate 64 --checkpoint runs/digits-speed/checkpoint.pt
+    python speedup_diffusion.py --report runs/digits-uniform runs/digits-speed  # which is faster, by how much
 
 Contents: 1 Diffusion (schedules, q_sample, DDPM and DDIM)   2 Accelerations (timestep samplers, loss weights,
-momentum decay)   3 U-Net   4 Data   5 Evaluation and pictures   6 Training   7 Command line
+momentum decay)   3 U-Net   4 Data   5 Evaluation and pictures   6 Training   7 Report   8 Command line
 
 Throughout: T is the number of timesteps, t in 0..T-1, t = 0 the least noisy; `alphas_cumprod` is [T];
 images are float in [-1, 1], [B, C, H, W]; x0 is a clean image, x_t a noisy one, eps (epsilon) the noise in it.
@@ -18,6 +19,7 @@ images are float in [-1, 1], [B, C, H, W]; x0 is a clean image, x_t a noisy one,
 import argparse
 import contextlib
 import copy
+import csv
 import functools
 import itertools
 import json
@@ -931,10 +933,15 @@ def start_run(args, identity):
     return folder
 
 
+def complete_lines(path):
+    """The lines of a file but a last one without its end, which a killed run leaves."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
 def drop_rows_after(step, path):
     """Cut metrics.csv back to the checkpoint: the rows of the steps after it will be written again."""
-    header, *rows = path.read_text().splitlines(keepends=True)
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    header, *rows = complete_lines(path)
+    kept = [row for row in rows if int(row.split(",")[0]) <= step]
     write_whole(path, lambda temporary: temporary.write_text(header + "".join(kept)))
 
 
@@ -1114,7 +1121,174 @@ def train(args, folder=None, checkpoint=None):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 7 Command line
+# 7 Report
+# ---------------------------------------------------------------------------------------------------------
+
+FREE = {"seed", "out", "device", "data_dir", "fid_every", "eval_every", "fid_features", "python", "torch"}
+FID_SETTINGS = ("features", "fid_samples", "method", "sampling_steps", "eta")
+
+
+def read_run(folder):
+    """(config, rows) of a run's folder; a row has METRICS as floats, None where it was not measured."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        lines = csv.DictReader(complete_lines(folder / "metrics.csv"))
+        rows = [{name: float(row[name]) if row[name] else None for name in METRICS} for row in lines]
+        named = f"{config['strategy']} {config['data']} {config['seed']}"
+        refuse(not rows or not named, "nothing measured")
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        raise UserError(
+            f"--report {folder}: no run of this script, or not one row yet ({one_line(error)})"
+        ) from error
+    return config, rows
+
+
+def steps_until(curve, target):
+    """Where the line through curve, [(step, seconds, value), ...], first falls to target: (step, seconds) or None."""
+    before = None
+    for point in curve:
+        if point[2] <= target:
+            before = before or point
+            share = (before[2] - target) / (before[2] - point[2]) if before[2] > point[2] else 0.0
+            return tuple(a + share * (b - a) for a, b in zip(before[:2], point[:2]))
+        before = point
+    return None
+
+
+def report(folders, out):
+    """Print a Markdown table of the runs, those of one setting in one row, the first the baseline; draw them."""
+    runs = [(folder, *read_run(Path(folder))) for folder in folders]
+    base = runs[0][1]
+    for folder, config, rows in runs:
+        for name in ("data", *FID_SETTINGS * ("features" in base or "features" in config)):
+            one, two = base.get(name), config.get(name)
+            refuse(
+                one != two, f"--report: {name} is {two} in {folder} but {one} in {folders[0]}: no comparison"
+            )
+    fid = base.get("features", "FID").split(", crc32")[0]
+
+    def curve(rows, name="fid"):
+        return [(row["step"], row["seconds"], row[name]) for row in rows if row[name] is not None]
+
+    settings = [{name: value for name, value in config.items() if name not in FREE} for _, config, _ in runs]
+    differing = [name for name in settings[0] if len({str(setting.get(name)) for setting in settings}) > 1]
+    groups = {}
+    for (folder, config, rows), setting in zip(runs, settings):
+        label = config["strategy"] + f" + {config['weighting']}" * (config["weighting"] != "auto")
+        label += " + momentum decay" * config["momentum_decay"]
+        named = ("strategy", "weighting", "momentum_decay")
+        label += "".join(f", {name} {setting.get(name)}" for name in differing if name not in named)
+        groups.setdefault(label, []).append((folder, config, rows))
+
+    # Each run is held against the baseline of its own seed, which shares its model, images and noise.
+    baseline = {config["seed"]: curve(rows)[-1:] for _, config, rows in next(iter(groups.values()))}
+    goals = [point for points in baseline.values() for point in points]
+    mean_goal = [tuple(sum(column) / len(goals) for column in zip(*goals))] if goals else []
+
+    def cell(values, suffix=""):
+        if not values or None in values:
+            return "-"
+        mean, low, high = (
+            f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}"
+            for v in (sum(values) / len(values), min(values), max(values))
+        )
+        return f"{mean}{suffix}" + f" ({low}..{high})" * (len(values) > 1)
+
+    heads = ["run", "seeds", "steps", "seconds", "val_mse", "val_vlb", f"{fid} last", "best"]
+    heads += ["steps to the baseline's last", "seconds to it", "fewer steps", "less time"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for label, members in groups.items():
+        columns = {head: [] for head in heads[2:]}
+        for _, config, rows in members:
+            fids, goal = curve(rows), baseline.get(config["seed"]) or mean_goal
+            reached = steps_until(fids, goal[0][2]) if fids and goal else None
+            last = [(curve(rows, name) or [(None,) * 3])[-1][2] for name in ("val_mse", "val_vlb", "fid")]
+            values = [rows[-1]["step"], rows[-1]["seconds"], *last, min((p[2] for p in fids), default=None)]
+            values += [*reached, *(a / b for a, b in zip(goal[0], reached))] if reached else [None] * 4
+            for column, value in zip(columns.values(), values):
+                column.append(value)
+        cells = [cell(values, "x" * (head in heads[-2:])) for head, values in columns.items()]
+        print(f"| {label} | {len(members)} | " + " | ".join(cells) + " |")
+
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no pictures without matplotlib: pip install matplotlib")
+        return
+    folder = new_folder(out, Path("runs") / "report")
+    curves = {label: [curve(rows) for _, _, rows in members] for label, members in groups.items()}
+    if goals:
+        figure = Figure((12, 5), layout="constrained")
+        draw_curves(figure, curves, fid)
+        figure.savefig(folder / "curves.png", dpi=100)
+    figure = Figure((12, 7), layout="constrained")
+    adaptive = [run for run, config, _ in runs if config["strategy"] == "adaptive"]
+    drawn = load_checkpoint(Path(adaptive[0]) / "checkpoint.pt")["drawn"] if adaptive else None
+    draw_methods(figure, argparse.Namespace(**base), drawn)
+    figure.savefig(folder / "methods.png", dpi=100)
+    print(f"\npictures in {folder}")
+
+
+def draw_curves(figure, curves, fid):
+    """FID over steps and over seconds: the mean of each setting's runs as a line, each run as dots."""
+    for axis, column, name in zip(
+        figure.subplots(1, 2, sharey=True), (0, 1), ("step", "seconds of training")
+    ):
+        for number, (label, runs) in enumerate(curves.items()):
+            style = {
+                "color": f"C{(number - 1) % 10}" if number else "black",
+                "linestyle": "-" if number < 6 else "--",
+            }
+            points = [list(zip(*step)) for step in zip(*runs)]  # the same measurement of every run
+            mean = [[sum(values) / len(values) for values in (point[column], point[2])] for point in points]
+            axis.plot(*zip(*mean), label=label, linewidth=1.5 if number else 2.5, **style)
+            for run in runs:
+                axis.plot([p[column] for p in run], [p[2] for p in run], ".", color=style["color"], alpha=0.4)
+            if not number:
+                axis.axhline(mean[-1][1], color="black", linewidth=0.8, linestyle=":")
+        axis.set(xlabel=name, yscale="log")
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(fid)
+    figure.axes[1].legend()
+
+
+def draw_methods(figure, args, drawn):
+    """T P(t) of the samplers and w(t) of the weights; drawn [COLUMNS, T] counts of an adaptive run, or None."""
+    alphas_cumprod = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
+    T, uniform = args.timesteps, torch.full_like(alphas_cumprod, 1 / args.timesteps)
+
+    def built(strategy, weighting="none"):
+        args.strategy, args.weighting = strategy, weighting
+        return build_strategy(args, alphas_cumprod, 1)
+
+    static, weights, curriculum, adaptive = figure.subplots(2, 2, sharex=True).flat
+    for strategy in ("uniform", "logit-normal", "speed"):
+        static.plot(T * built(strategy)[0].probs, label=strategy)
+    for weighting in ("none", "change-aware", "min-snr", "p2"):
+        weights.plot(normalize_weights(built("uniform", weighting)[1], uniform), label=weighting)
+    sampler = built("curriculum")[0]
+    for part in range(5):
+        sampler.sample(alphas_cumprod[None], part * args.steps / 4)
+        curriculum.plot(T * sampler.probs, label=f"{25 * part}% of the steps", color=f"{0.8 - 0.2 * part}")
+    if drawn is not None:
+        shares = F.adaptive_avg_pool2d(drawn[None].float(), (5, min(T, 50)))[0]
+        middle = (torch.arange(shares.shape[1]) + 0.5) * T / shares.shape[1]
+        for part, share in enumerate(shares / shares.mean(1, keepdim=True).clamp(min=1e-9)):
+            label = f"{20 * part}-{20 * part + 20}% of the steps"
+            adaptive.plot(middle, share, label=label, color=f"{0.8 - 0.2 * part}")
+    else:
+        adaptive.text(0.5, 0.5, "no adaptive run among these", ha="center", transform=adaptive.transAxes)
+    titles = "T P(t) of the static samplers", "w(t), mean 1 under uniform t", "T P(t) of the curriculum"
+    for axis, title in zip(figure.axes, (*titles, "T P(t) as an adaptive run drew it")):
+        axis.set(title=title, xlabel="t")
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+        if axis.lines:
+            axis.legend()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8 Command line
 # ---------------------------------------------------------------------------------------------------------
 
 # What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes;
@@ -1250,6 +1424,7 @@ def make_parser():
     add("--resume", str, "go on with the run in this folder, with its own settings", metavar="RUN")
     add("--generate", count, "write N samples of --checkpoint as PNG files, train nothing", metavar="N")
     add("--checkpoint", str, "the checkpoint to generate from", metavar="FILE")
+    add("--report", str, "compare runs in a table, the first being the baseline", nargs="+", metavar="RUN")
     return parser
 
 
@@ -1277,17 +1452,18 @@ def parse_args(argv):
     refuse_beside("resume", {"device", "data_dir"}, "goes on with the run's own settings")
     sampling = {"checkpoint", "out", "method", "sampling_steps", "eta", "seed", "batch_size", "device", "amp"}
     refuse_beside("generate", sampling, "trains nothing")
+    refuse_beside("report", {"out"}, "trains nothing")
     refuse(("generate" in given) != ("checkpoint" in given), "--generate N and --checkpoint FILE go together")
     fixed = args.method == "ddpm" and given & {"sampling_steps", "eta"}
     refuse(fixed, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
 
-    if args.resume is None:
+    if args.resume is None and not args.report:
         args.device = usable_device(args.device, args.amp)
     refuse(args.out == "", "--out needs a name")
     out = Path(args.out or "runs")
     refuse(out.exists() and not out.is_dir(), f"{out} is a file: name a folder with --out")
     refuse(args.out and out.is_dir() and any(out.iterdir()), f"--out {out} is not empty: name a new folder")
-    if args.resume is not None or args.generate:
+    if args.resume is not None or args.generate or args.report:
         return args, given
 
     for name, value in zip(PER_DATASET, DATASETS[args.dataset]):
@@ -1320,7 +1496,9 @@ def main(argv=None):
     """Exit status: 0; 2 for what the user can mend, 1 for what the disk refused, 130 after Ctrl-C."""
     try:
         args, given = parse_args(argv)
-        if args.generate:
+        if args.report:
+            report(args.report, args.out)
+        elif args.generate:
             generate(args)
         elif args.resume is not None:
             folder = Path(args.resume)

@@ -682,6 +682,128 @@ def test_evaluate_measures_the_bound_of_a_model_that_knows_the_answer():
     assert sd.evaluate(lambda x_t, t: torch.zeros_like(x_t), diffusion, images) == (mse, bound)
 
 
+class ChannelMeans(nn.Module):
+    """[N, 3, H, W] -> [N, 3]: features with a closed form."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+class Pooled(nn.Module):
+    """[N, 3, H, W] -> [N, 16]: the red channel at 4x4, enough to tell a digit from noise."""
+
+    def forward(self, images):
+        return F.adaptive_avg_pool2d(images[:, :1], 4).flatten(1)
+
+
+class Constant(nn.Module):
+    """One feature for a whole batch: no features of images."""
+
+    def forward(self, images):
+        return images.mean().view(1, 1)
+
+
+def save_torchscript(module, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is to be replaced
+        torch.jit.script(module.eval()).save(str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory):
+    return save_torchscript(Pooled(), tmp_path_factory.mktemp("features") / "pooled.ts")
+
+
+def random_images(count, channels=3, low=0, high=256):
+    return torch.randint(low, high, (count, channels, 8, 8), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_images_against_themselves_are_at_no_distance(pooled, channels):
+    images = random_images(200, channels)
+    distance = sd.FrechetDistance(pooled, "cpu", images)
+    assert distance.name == "FD (pooled.ts)"
+    assert abs(distance(images.split(70))) < 1e-3
+    assert distance([images // 2]) > 1
+
+
+def test_the_distance_is_that_of_compute_fid(pooled, tmp_path):
+    cleanfid = pytest.importorskip("cleanfid.fid")
+    one, two = random_images(100), random_images(60, low=50)
+    for name, images in (("one", one), ("two", two)):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{i}.png")
+    expected = cleanfid.compute_fid(
+        str(tmp_path / "one"),
+        str(tmp_path / "two"),
+        custom_feat_extractor=Pooled(),
+        custom_fn_resize=lambda image: image,
+        num_workers=0,
+        device=torch.device("cpu"),
+        verbose=False,
+    )
+    assert sd.FrechetDistance(pooled, "cpu", one)([two]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_distance_of_gaussians_has_its_closed_form(tmp_path):
+    def corners(means, spread):  # every combination of mean +- spread: independent channels
+        signs = torch.cartesian_prod(*[torch.tensor([-1, 1])] * 3)
+        colours = torch.tensor(means) + torch.tensor(spread) * signs
+        return colours.byte()[:, :, None, None].expand(-1, -1, 4, 4).repeat(4, 1, 1, 1)
+
+    one, two = corners((100, 120, 90), (10, 20, 30)), corners((103, 116, 102), (14, 20, 27))
+    features = save_torchscript(ChannelMeans(), tmp_path / "means.ts")
+    # |mu1 - mu2|^2 + sum (s1 - s2)^2, the variances with n - 1 = 31
+    expected = 9 + 16 + 144 + (16 + 0 + 9) * 32 / 31
+    assert sd.FrechetDistance(features, "cpu", one)([two]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_inception_gets_images_resized_as_clean_fid_resizes_them(monkeypatch, tmp_path):
+    cleanfid, resize = pytest.importorskip("cleanfid.fid"), pytest.importorskip("cleanfid.resize")
+    asked, seen = [], []
+
+    def extractor(mode, device, use_dataparallel=True):
+        asked.append(mode)
+
+        def inception(images):
+            seen.append(images)
+            return Pooled()(images)
+
+        return inception
+
+    for module in ("fid", "features"):
+        monkeypatch.setattr(f"cleanfid.{module}.build_feature_extractor", extractor)
+    images = random_images(40)
+    distance = sd.FrechetDistance(None, "cpu", images)
+    assert distance.name == "FID" and asked == ["clean"] and seen[0].shape == (40, 3, 299, 299)
+    expected = resize.build_resizer("clean")(images[7].permute(1, 2, 0).numpy())
+    assert np.abs(seen[0][7].permute(1, 2, 0).numpy() - expected).max() < 1e-3
+    sd.save_pngs(images // 2, tmp_path)
+    sd.save_pngs(images, tmp_path, 40)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i:06d}.png" for i in range(80)]
+
+    published = images.flatten(1).double()[:, :16].numpy()
+    published = published.mean(0), np.cov(published, rowvar=False)
+    monkeypatch.setattr(
+        "cleanfid.features.get_reference_statistics",
+        lambda *names, **more: published if (names, more) == (("cifar10", 32), {"split": "train"}) else None,
+    )
+    distance = sd.FrechetDistance(None, "cpu", images, published_cifar10=True)
+    assert distance.reference is published
+    monkeypatch.setattr("cleanfid.fid.get_reference_statistics", lambda *names, **more: published)
+    options = {"dataset_name": "cifar10", "dataset_res": 32, "dataset_split": "train", "num_workers": 0}
+    expected = cleanfid.compute_fid(str(tmp_path), device=torch.device("cpu"), verbose=False, **options)
+    assert distance([images // 2, images]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_survive_as_uint8():
+    images = random_images(5)
+    assert torch.equal(sd.to_uint8(sd.to_float(images)), images)
+    assert sd.to_uint8(torch.tensor([-1.0, -0.999, 0.999, 1.0])).tolist() == [0, 0, 255, 255]
+
+
 def test_a_file_is_never_half_written(tmp_path):
     def fail(path):
         path.write_text("hal")
@@ -996,7 +1118,237 @@ def test_mnist_trains_from_its_files(here):
     assert Image.open("runs/mnist-speed/samples.png").size[0] == 8 * 58 + 2
 
 
-# 7 Command line
+def test_fid_is_measured_along_the_run_and_a_resumed_run_measures_the_same(here, pooled, monkeypatch):
+    options = [
+        "--fid-samples",
+        "20",
+        "--fid-every",
+        "2",
+        "--fid-features",
+        pooled,
+        *TINY,
+        "--eval-every",
+        "4",
+    ]
+    assert sd.main([*options, "--out", "whole"]) == 0
+    rows = metrics("whole")
+    assert [(row["step"], row["fid"] != "", row["val_mse"] != "") for row in rows] == [
+        ("2", True, False),
+        ("4", True, True),
+        ("6", True, True),
+    ]
+    config = json.loads(Path("whole/config.json").read_text())
+    assert config["features"].startswith("FD (pooled.ts), crc32 ") and config["data"].startswith(
+        "9728 images"
+    )
+    with stopping_at(6):
+        assert sd.main([*options, "--out", "broken"]) == 130
+    monkeypatch.setattr(sd, "load_dataset", lambda *args: (torch.zeros(9_728, 1, 16, 16).byte(),) * 2)
+    with np.load("whole/fid_reference.npz") as whole, np.load("broken/fid_reference.npz") as broken:
+        assert whole["mu"].shape == (16,) and whole["sigma"].shape == (16, 16)
+        assert all((whole[name] == broken[name]).all() for name in whole)
+    reference = []
+    call = sd.FrechetDistance.__call__
+    monkeypatch.setattr(
+        sd.FrechetDistance, "__call__", lambda self, *a: reference.append(self.reference) or call(self, *a)
+    )
+    assert sd.main(["--resume", "broken"]) == 0
+    with np.load("whole/fid_reference.npz") as whole:  # kept, not measured again from the other images
+        assert (reference[0][0] == whole["mu"]).all() and (reference[0][1] == whole["sigma"]).all()
+    assert [row["step"] for row in metrics("broken")] == ["2", "4", "6"]
+    assert [row["fid"] for row in metrics("broken")][:2] == [row["fid"] for row in rows][:2]
+
+
+def test_a_trained_model_is_nearer_than_noise(here, pooled):
+    options = ["--fid-samples", "64", "--fid-features", pooled, "--steps", "120", "--ema-decay", "0.9"]
+    options += [
+        "--batch-size",
+        "32",
+        "--width",
+        "16",
+        "--lr",
+        "5e-3",
+        "--warmup",
+        "10",
+        "--sampling-steps",
+        "10",
+    ]
+    assert sd.main([*options, "--device", "cpu"]) == 0
+    images, _ = sd.load_dataset("digits", "", 16)
+    noise = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8)
+    trained = float(metrics("runs/digits-uniform")[-1]["fid"])
+    distance = sd.FrechetDistance(pooled, "cpu", images)
+    assert 0 <= distance([images[:64]]) < trained < 0.5 * distance([noise]), trained
+
+
+def test_a_measurement_that_fails_costs_the_figure_not_the_run(here, pooled, monkeypatch, capsys):
+    measure = sd.FrechetDistance.__call__
+
+    def fail_once(self, batches):
+        monkeypatch.setattr(sd.FrechetDistance, "__call__", measure)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(sd.FrechetDistance, "__call__", fail_once)
+    assert sd.main(["--fid-samples", "20", "--fid-every", "3", "--fid-features", pooled, *TINY]) == 0
+    assert [row["fid"] != "" for row in metrics("runs/digits-uniform")] == [False, True]
+    assert "could not be measured at step 3: No space left on device" in capsys.readouterr().out
+
+
+def test_without_a_network_fid_is_refused_before_training(here, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("cleanfid.features.build_feature_extractor", offline)
+    assert sd.main(["--fid-samples", "10", *TINY]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "\n" not in err and "Name or service not known" in err and "--fid-features FILE" in err
+    assert not list(here.iterdir())
+
+
+def test_a_scipy_that_breaks_clean_fid_is_named_before_training(here, capsys, monkeypatch, pooled):
+    def sqrtm(matrix):  # as of SciPy 1.18
+        return matrix
+
+    monkeypatch.setattr("scipy.linalg.sqrtm", sqrtm)
+    assert sd.main(["--fid-samples", "10", "--fid-features", pooled, *TINY]) == 2
+    err = capsys.readouterr().err.strip()
+    assert "\n" not in err and "pip install clean-fid 'scipy<1.18'" in err and not list(here.iterdir())
+
+
+# 7 Report
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    [(9, (100, 10)), (10, (100, 10)), (8, (200, 20)), (7, (250, 30)), (6, (300, 40)), (3, None)],
+)
+def test_steps_until_interpolates_linearly(target, expected):
+    curve = [(100, 10, 9), (200, 20, 8), (300, 40, 6), (400, 50, 8), (500, 60, 4)]
+    assert sd.steps_until(curve, target) == expected
+    assert sd.steps_until([], 5) is None
+
+
+def write_run(folder, fids, **changes):
+    """A run's folder as train leaves it, with FID at steps 100, 200 ... and a second per 10 steps."""
+    folder.mkdir()
+    parser = sd.make_parser()
+    config = vars(parser.parse_args([])) | {"data": "90 images", "features": "FD (x.ts), crc32 1"}
+    config |= {"fid_samples": 10, "steps": 100 * len(fids)} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [",".join(sd.METRICS), "25,50,2.5,0.5,0.1,0.9,,,"]
+    for step, fid in enumerate(fids, 1):
+        lines.append(f"{100 * step},{200 * step},{10 * step},0.5,0.1,0.9,{0.1 / step},{1 / step},{fid}")
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n300,6")  # a kill cut the last line
+    return str(folder)
+
+
+def table(text):
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line
+    ]
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+def test_the_report_compares_with_the_baseline_of_the_same_seed(here, capsys, without_matplotlib):
+    runs = [write_run(here / f"base-{seed}", fids, seed=seed) for seed, fids in ((0, (9, 5)), (1, (8, 6)))]
+    speed = {"strategy": "speed", "momentum_decay": True}
+    runs += [write_run(here / f"fast-{seed}", (7, 3), seed=seed, **speed) for seed in (0, 1)]
+    runs += [write_run(here / "slow", (90, 80), seed=0, lr=0.5)]
+    assert sd.main(["--report", *runs]) == 0
+    out = capsys.readouterr().out
+    base, fast, slow = table(out)
+    assert "pip install matplotlib" in out and sorted(p.name for p in here.iterdir()) == sorted(
+        Path(run).name for run in runs
+    )
+    assert (base["run"], base["seeds"], base["steps"]) == ("uniform, lr None", "2", "200 (200..200)")
+    assert base["FD (x.ts) last"] == "5.5 (5..6)" and base["best"] == "5.5 (5..6)"
+    assert base["fewer steps"] == "1x (1x..1x)" and base["val_mse"] == "0.05 (0.05..0.05)"
+    # seed 0 falls to 5 half-way between 100 and 200 steps, seed 1 to 6 a quarter of the way
+    assert fast["run"] == "speed + momentum decay, lr None"
+    assert (
+        fast["steps to the baseline's last"] == "137.5 (125..150)"
+        and fast["seconds to it"] == "13.75 (12.5..15)"
+    )
+    assert fast["fewer steps"] == "1.467x (1.333x..1.6x)" == fast["less time"]
+    assert (
+        slow["run"] == "uniform, lr 0.5" and slow["steps to the baseline's last"] == "-" == slow["less time"]
+    )
+
+
+def test_a_report_without_fid_has_dashes(here, capsys, without_matplotlib):
+    run = write_run(here / "run", ("", ""))
+    config = json.loads((here / "run" / "config.json").read_text())
+    del config["features"]
+    (here / "run" / "config.json").write_text(json.dumps(config))
+    assert sd.main(["--report", run]) == 0
+    assert table(capsys.readouterr().out)[0] == {
+        "run": "uniform",
+        "seeds": "1",
+        "steps": "200",
+        "seconds": "20",
+        "val_mse": "0.05",
+        "val_vlb": "0.5",
+        "FID last": "-",
+        "best": "-",
+        "steps to the baseline's last": "-",
+        "seconds to it": "-",
+        "fewer steps": "-",
+        "less time": "-",
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": "80 images"}, {"features": "FID"}, {"fid_samples": 20}, {"sampling_steps": 7}, {"eta": 1.0}],
+)
+def test_a_report_refuses_runs_that_cannot_be_compared(here, capsys, changes):
+    runs = [write_run(here / "one", (9, 5)), write_run(here / "two", (8, 6), **changes)]
+    assert sd.main(["--report", *runs]) == 2
+    captured = capsys.readouterr()
+    assert next(iter(changes)) in captured.err and "no comparison" in captured.err and not captured.out
+
+
+def test_the_report_draws_real_runs(here, pooled, capsys):
+    pytest.importorskip("matplotlib")
+    fid = ["--fid-samples", "10", "--fid-every", "2", "--fid-features", pooled, *TINY]
+    for strategy in ("uniform", "adaptive"):
+        assert sd.main(["--strategy", strategy, "--adaptive-every", "2", *fid]) == 0
+    capsys.readouterr()
+    for out in ("runs/report", "runs/report-2"):
+        assert sd.main(["--report", "runs/digits-uniform", "runs/digits-adaptive"]) == 0
+        printed = capsys.readouterr().out
+        assert f"pictures in {out}" in printed and len(table(printed)) == 2
+        assert Image.open(Path(out, "curves.png")).size == (1200, 500)
+        assert Image.open(Path(out, "methods.png")).size == (1200, 700)
+
+
+def test_make_compare_runs_every_strategy_with_flags_that_exist():
+    make = ["make", "--dry-run", "--always-make", "compare", "SEEDS=0 1", "RESULTS=nowhere"]
+    lines = subprocess.run(
+        make, cwd=Path(sd.__file__).parent, capture_output=True, text=True, check=True
+    ).stdout
+    commands = [
+        line.split(".py ")[1].split() for line in lines.replace("\\\n", "").splitlines() if " --out " in line
+    ]
+    runs = {}
+    for command in commands:
+        args = sd.make_parser().parse_args(command)
+        runs[args.out] = args.strategy, args.weighting, args.momentum_decay, args.seed
+    assert len(commands) == len(runs) == len(set(runs.values())) == 22
+    assert {run[0] for run in runs.values()} == set(sd.STRATEGIES)
+    assert runs["nowhere/adaptive-min-snr-1"] == ("adaptive", "min-snr", False, 1)
+    assert lines.splitlines()[-1].split("--report ")[1].split()[:2] == [
+        "nowhere/uniform-0",
+        "nowhere/uniform-1",
+    ]
+
+
+# 8 Command line
 
 
 @pytest.fixture(scope="module")
@@ -1060,6 +1412,17 @@ BAD_INPUT = {
     "--generate 4 --checkpoint {other}": "no checkpoint of this script",
     "--generate 4 --checkpoint {altered}": "no checkpoint of this script",
     "--generate 4 --checkpoint {run}/checkpoint.pt --width 16": "drop --width",
+    "--fid-samples 1": "[2, ",
+    "--fid-every 5": "--fid-samples N",
+    "--fid-features {other}": "--fid-samples N",
+    "--fid-samples 9 --fid-features nowhere.ts": "no such file",
+    "--fid-samples 9 --fid-features {other}": "other.pt cannot be used",
+    "--fid-samples 9 --fid-features {constant}": "features [N, D]",
+    "--report nowhere": "no run of this script",
+    "--report {empty}": "no run of this script",
+    "--report {run} {part}": "no run of this script",
+    "--report {run} --seed 1": "drop --seed",
+    "--report": "expected at least one argument",
     "--generate 4 --checkpoint {run}/checkpoint.pt --sampling-steps 51": "50 timesteps",
 }
 
@@ -1088,6 +1451,7 @@ def places(run_folder, tmp_path_factory):
     altered["args"]["width"] = 16
     torch.save(altered, root / "altered.pt")
     files = {name: root / f"{name}.pt" for name in ("cut", "other", "altered")}
+    files["constant"] = save_torchscript(Constant(), root / "constant.ts")
     return {name: root / name for name in folders} | files | {"run": run_folder}
 
 
@@ -1124,7 +1488,8 @@ def test_help_names_every_flag_with_its_default(capsys):
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for action in sd.make_parser()._actions:
-        required = action.dest in ("help", "out", "resume", "generate", "checkpoint")
+        required = action.dest in ("help", "out", "resume", "generate", "checkpoint", "report")
+        required |= action.dest.startswith("fid_")
         assert action.option_strings[0] in text
         assert required or "(default: " in action.help, action.dest
 
@@ -1174,20 +1539,14 @@ def digit_classifier():
 
 
 class DigitFeatures(nn.Module):
-    """float [N, 3, 16, 16] in 0..255 -> the 64 features of digit_classifier before its last layer."""
+    """float [N, 3, H, W] in 0..255 -> [N, 64]: how strongly each stroke that digit_classifier knows occurs."""
 
     def __init__(self):
         super().__init__()
-        self.net = digit_classifier()[:-2]
+        self.net = digit_classifier()[:5]
 
     def forward(self, images):
-        return self.net(images.mean(1, keepdim=True) / 127.5 - 1)
-
-
-def save_torchscript(module, path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is to be replaced
-        torch.jit.script(module.eval()).save(path)
+        return self.net(images.mean(1, keepdim=True) / 127.5 - 1).amax((2, 3))
 
 
 @pytest.mark.slow
