@@ -17,6 +17,7 @@ images are float in [-1, 1], [B, C, H, W]; x0 is a clean image, x_t a noisy one,
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -29,6 +30,7 @@ import os
 import random
 import re
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -790,7 +792,7 @@ class FrechetDistance:
     def measure(self, batches):
         """(mu [D], sigma [D, D]) of the features of batches of uint8 [N, C, H, W]; grey ones become RGB."""
         # clean-fid's data loader cannot be sent to workers that do not fork
-        workers = os.cpu_count() if multiprocessing.get_start_method() == "fork" else 0
+        workers = len(os.sched_getaffinity(0)) if multiprocessing.get_start_method() == "fork" else 0
         with tempfile.TemporaryDirectory() as folder:
             count = 0
             for images in batches:
@@ -1124,29 +1126,35 @@ def train(args, folder=None, checkpoint=None):
 # 7 Report
 # ---------------------------------------------------------------------------------------------------------
 
+# May differ between the runs of one row, and must not differ between runs that are compared.
 FREE = {"seed", "out", "device", "data_dir", "fid_every", "eval_every", "fid_features", "python", "torch"}
-FID_SETTINGS = ("features", "fid_samples", "method", "sampling_steps", "eta")
+SAME = ("data", "features", "fid_samples", "method", "sampling_steps", "eta")
+COLUMNS_OF_REPORT = ("steps", "seconds", "val_mse", "val_vlb", "{} last", "{} best")
+COLUMNS_OF_REPORT += ("steps to baseline's last", "seconds to it", "speed-up (steps)", "speed-up (seconds)")
+Run = collections.namedtuple("Run", "folder config rows")
 
 
 def read_run(folder):
-    """(config, rows) of a run's folder; a row has METRICS as floats, None where it was not measured."""
+    """A Run: its config and its rows, each with METRICS as floats, None where nothing was measured."""
     try:
         config = json.loads((folder / "config.json").read_text())
         lines = csv.DictReader(complete_lines(folder / "metrics.csv"))
         rows = [{name: float(row[name]) if row[name] else None for name in METRICS} for row in lines]
-        named = f"{config['strategy']} {config['data']} {config['seed']}"
-        refuse(not rows or not named, "nothing measured")
+        refuse(not rows or not {"strategy", "data", "seed"} <= set(config), "not one row yet")
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"--report {folder}: no run of this script, or not one row yet ({one_line(error)})"
-        ) from error
-    return config, rows
+        raise UserError(f"--report {folder}: no run of this script ({one_line(error)})") from error
+    return Run(folder, config, rows)
 
 
-def steps_until(curve, target):
-    """Where the line through curve, [(step, seconds, value), ...], first falls to target: (step, seconds) or None."""
+def curve(run, name="fid"):
+    """[(step, seconds, value), ...] of what was measured under that name."""
+    return [(row["step"], row["seconds"], row[name]) for row in run.rows if row[name] is not None]
+
+
+def reach(points, target):
+    """(step, seconds) where the line through points, a curve, first falls to target; None where it does not."""
     before = None
-    for point in curve:
+    for point in points:
         if point[2] <= target:
             before = before or point
             share = (before[2] - target) / (before[2] - point[2]) if before[2] > point[2] else 0.0
@@ -1155,134 +1163,125 @@ def steps_until(curve, target):
     return None
 
 
-def report(folders, out):
-    """Print a Markdown table of the runs, those of one setting in one row, the first the baseline; draw them."""
-    runs = [(folder, *read_run(Path(folder))) for folder in folders]
-    base = runs[0][1]
-    for folder, config, rows in runs:
-        for name in ("data", *FID_SETTINGS * ("features" in base or "features" in config)):
-            one, two = base.get(name), config.get(name)
-            refuse(
-                one != two, f"--report: {name} is {two} in {folder} but {one} in {folders[0]}: no comparison"
-            )
-    fid = base.get("features", "FID").split(", crc32")[0]
-
-    def curve(rows, name="fid"):
-        return [(row["step"], row["seconds"], row[name]) for row in rows if row[name] is not None]
-
-    settings = [{name: value for name, value in config.items() if name not in FREE} for _, config, _ in runs]
-    differing = [name for name in settings[0] if len({str(setting.get(name)) for setting in settings}) > 1]
+def group_by_setting(runs):
+    """{name: its runs}: those that differ in FREE alone are one setting, named by what it does not share."""
+    settings = [{name: value for name, value in run.config.items() if name not in FREE} for run in runs]
+    apart = [name for name in settings[0] if len({str(setting.get(name)) for setting in settings}) > 1]
     groups = {}
-    for (folder, config, rows), setting in zip(runs, settings):
-        label = config["strategy"] + f" + {config['weighting']}" * (config["weighting"] != "auto")
-        label += " + momentum decay" * config["momentum_decay"]
-        named = ("strategy", "weighting", "momentum_decay")
-        label += "".join(f", {name} {setting.get(name)}" for name in differing if name not in named)
-        groups.setdefault(label, []).append((folder, config, rows))
+    for run, setting in zip(runs, settings):
+        name = setting.pop("strategy")
+        if (weighting := setting.pop("weighting")) != "auto":
+            name += f" + {weighting}"
+        if setting.pop("momentum_decay"):
+            name += " + momentum decay"
+        name += "".join(f", {key} {setting[key]}" for key in apart if key in setting)
+        groups.setdefault(name, []).append(run)
+    return groups
 
-    # Each run is held against the baseline of its own seed, which shares its model, images and noise.
-    baseline = {config["seed"]: curve(rows)[-1:] for _, config, rows in next(iter(groups.values()))}
-    goals = [point for points in baseline.values() for point in points]
-    mean_goal = [tuple(sum(column) / len(goals) for column in zip(*goals))] if goals else []
 
-    def cell(values, suffix=""):
-        if not values or None in values:
+def report(folders, out):
+    """Print a Markdown table of the runs, a row for each setting, the first the baseline; draw two pictures."""
+    runs = [read_run(Path(folder)) for folder in folders]
+    for run in runs:
+        for name in SAME:
+            one, two = runs[0].config.get(name), run.config.get(name)
+            refuse(one != two, f"--report: {name} is {one} in {folders[0]} but {two} in {run.folder}")
+    fid = runs[0].config.get("features", "FID").split(", crc32")[0]
+    groups = group_by_setting(runs)
+    # A run is held against the baseline with its own seed, which had the same first weights, images and noise.
+    baseline, *_ = groups.values()
+    goals = {run.config["seed"]: curve(run)[-1] for run in baseline if curve(run)}
+    mean_goal = tuple(map(statistics.fmean, zip(*goals.values())))
+
+    def figures(run):
+        goal, fids = goals.get(run.config["seed"], mean_goal), curve(run)
+        last = [(curve(run, name) or [(None,) * 3])[-1][2] for name in ("val_mse", "val_vlb", "fid")]
+        reached = (goal and reach(fids, goal[2])) or (None, None)
+        ratios = [a / b if b else None for a, b in zip(goal or (None, None), reached)]
+        last_row = run.rows[-1]["step"], run.rows[-1]["seconds"]
+        return [*last_row, *last, min((value for *_, value in fids), default=None), *reached, *ratios]
+
+    def cell(values):
+        if None in values:
             return "-"
-        mean, low, high = (
-            f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}"
-            for v in (sum(values) / len(values), min(values), max(values))
-        )
-        return f"{mean}{suffix}" + f" ({low}..{high})" * (len(values) > 1)
+        texts = [f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}" for v in (min(values), max(values))]
+        mean = statistics.fmean(values)
+        mean = f"{mean:.4g}" if abs(mean) < 1000 else f"{mean:.0f}"
+        return mean if texts[0] == texts[1] else f"{mean} ({texts[0]}..{texts[1]})"
 
-    heads = ["run", "seeds", "steps", "seconds", "val_mse", "val_vlb", f"{fid} last", "best"]
-    heads += ["steps to the baseline's last", "seconds to it", "fewer steps", "less time"]
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-    for label, members in groups.items():
-        columns = {head: [] for head in heads[2:]}
-        for _, config, rows in members:
-            fids, goal = curve(rows), baseline.get(config["seed"]) or mean_goal
-            reached = steps_until(fids, goal[0][2]) if fids and goal else None
-            last = [(curve(rows, name) or [(None,) * 3])[-1][2] for name in ("val_mse", "val_vlb", "fid")]
-            values = [rows[-1]["step"], rows[-1]["seconds"], *last, min((p[2] for p in fids), default=None)]
-            values += [*reached, *(a / b for a, b in zip(goal[0], reached))] if reached else [None] * 4
-            for column, value in zip(columns.values(), values):
-                column.append(value)
-        cells = [cell(values, "x" * (head in heads[-2:])) for head, values in columns.items()]
-        print(f"| {label} | {len(members)} | " + " | ".join(cells) + " |")
-
+    print("| run | seeds | " + " | ".join(COLUMNS_OF_REPORT).format(fid, fid) + " |")
+    print("|---" * (2 + len(COLUMNS_OF_REPORT)) + "|")
+    for name, members in groups.items():
+        cells = [cell(values) for values in zip(*map(figures, members))]
+        print(f"| {name} | {len(members)} | " + " | ".join(cells) + " |")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no pictures without matplotlib: pip install matplotlib")
+        print("\nno pictures without matplotlib: pip install matplotlib")
         return
+    pictures = {"methods.png": (draw_methods, runs)} | (
+        {"curves.png": (draw_curves, groups, fid)} if goals else {}
+    )
     folder = new_folder(out, Path("runs") / "report")
-    curves = {label: [curve(rows) for _, _, rows in members] for label, members in groups.items()}
-    if goals:
-        figure = Figure((12, 5), layout="constrained")
-        draw_curves(figure, curves, fid)
-        figure.savefig(folder / "curves.png", dpi=100)
-    figure = Figure((12, 7), layout="constrained")
-    adaptive = [run for run, config, _ in runs if config["strategy"] == "adaptive"]
-    drawn = load_checkpoint(Path(adaptive[0]) / "checkpoint.pt")["drawn"] if adaptive else None
-    draw_methods(figure, argparse.Namespace(**base), drawn)
-    figure.savefig(folder / "methods.png", dpi=100)
-    print(f"\npictures in {folder}")
+    for name, (draw, *what) in pictures.items():
+        figure = Figure((12, 6), dpi=100, layout="constrained")
+        draw(figure, *what)
+        figure.savefig(folder / name)
+    print(f"\n{' and '.join(pictures)} in {folder}")
 
 
-def draw_curves(figure, curves, fid):
-    """FID over steps and over seconds: the mean of each setting's runs as a line, each run as dots."""
+def draw_curves(figure, groups, fid):
+    """FID over steps and over seconds: each setting's mean as a line, its runs as dots, the baseline black."""
     for axis, column, name in zip(
         figure.subplots(1, 2, sharey=True), (0, 1), ("step", "seconds of training")
     ):
-        for number, (label, runs) in enumerate(curves.items()):
-            style = {
-                "color": f"C{(number - 1) % 10}" if number else "black",
-                "linestyle": "-" if number < 6 else "--",
-            }
-            points = [list(zip(*step)) for step in zip(*runs)]  # the same measurement of every run
-            mean = [[sum(values) / len(values) for values in (point[column], point[2])] for point in points]
-            axis.plot(*zip(*mean), label=label, linewidth=1.5 if number else 2.5, **style)
-            for run in runs:
-                axis.plot([p[column] for p in run], [p[2] for p in run], ".", color=style["color"], alpha=0.4)
+        for number, (label, runs) in enumerate(groups.items()):
+            color, dashes = f"C{number - 1}" if number else "black", "--" if number > 10 else "-"
+            mean = [[statistics.fmean(axis) for axis in zip(*points)] for points in zip(*map(curve, runs))]
+            axis.plot(*zip(*[(point[column], point[2]) for point in mean]), dashes, color=color, label=label)
+            for points in map(curve, runs):
+                axis.plot(*zip(*[(point[column], point[2]) for point in points]), ".", color=color, alpha=0.4)
             if not number:
-                axis.axhline(mean[-1][1], color="black", linewidth=0.8, linestyle=":")
+                axis.axhline(mean[-1][2], color=color, linestyle=":")
         axis.set(xlabel=name, yscale="log")
         axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel(fid)
     figure.axes[1].legend()
 
 
-def draw_methods(figure, args, drawn):
-    """T P(t) of the samplers and w(t) of the weights; drawn [COLUMNS, T] counts of an adaptive run, or None."""
+def draw_methods(figure, runs):
+    """P(t) and w(t) of the static methods, P(t) of the curriculum as it moves, and as an adaptive run drew it."""
+    args = argparse.Namespace(**runs[0].config)
     alphas_cumprod = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
-    T, uniform = args.timesteps, torch.full_like(alphas_cumprod, 1 / args.timesteps)
+    T, grey = args.timesteps, [f"{0.8 - 0.2 * part}" for part in range(5)]
 
     def built(strategy, weighting="none"):
         args.strategy, args.weighting = strategy, weighting
         return build_strategy(args, alphas_cumprod, 1)
 
-    static, weights, curriculum, adaptive = figure.subplots(2, 2, sharex=True).flat
+    static, weights, curriculum, adaptive = figure.subplots(2, 2).flat
+    uniform = built("uniform")[0].probs
     for strategy in ("uniform", "logit-normal", "speed"):
         static.plot(T * built(strategy)[0].probs, label=strategy)
-    for weighting in ("none", "change-aware", "min-snr", "p2"):
+    for weighting in WEIGHTINGS[1:]:
         weights.plot(normalize_weights(built("uniform", weighting)[1], uniform), label=weighting)
     sampler = built("curriculum")[0]
     for part in range(5):
         sampler.sample(alphas_cumprod[None], part * args.steps / 4)
-        curriculum.plot(T * sampler.probs, label=f"{25 * part}% of the steps", color=f"{0.8 - 0.2 * part}")
-    if drawn is not None:
+        curriculum.plot(T * sampler.probs, color=grey[part], label=f"at {25 * part}% of the steps")
+    run = next((run for run in runs if run.config["strategy"] == "adaptive"), None)
+    if run:
+        drawn = load_checkpoint(run.folder / "checkpoint.pt")["drawn"]
         shares = F.adaptive_avg_pool2d(drawn[None].float(), (5, min(T, 50)))[0]
         middle = (torch.arange(shares.shape[1]) + 0.5) * T / shares.shape[1]
         for part, share in enumerate(shares / shares.mean(1, keepdim=True).clamp(min=1e-9)):
-            label = f"{20 * part}-{20 * part + 20}% of the steps"
-            adaptive.plot(middle, share, label=label, color=f"{0.8 - 0.2 * part}")
-    else:
-        adaptive.text(0.5, 0.5, "no adaptive run among these", ha="center", transform=adaptive.transAxes)
-    titles = "T P(t) of the static samplers", "w(t), mean 1 under uniform t", "T P(t) of the curriculum"
-    for axis, title in zip(figure.axes, (*titles, "T P(t) as an adaptive run drew it")):
-        axis.set(title=title, xlabel="t")
+            adaptive.plot(middle, share, color=grey[part], label=f"{20 * part}% to {20 * part + 20}%")
+    titles = "T P(t), static", "w(t), with mean 1 under uniform t", "T P(t), curriculum"
+    for axis, title in zip(
+        figure.axes, (*titles, f"T P(t), {run.folder}" if run else "no adaptive run given")
+    ):
+        axis.set(title=title, xlabel="t", ylim=(0, None))
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
         if axis.lines:
             axis.legend()
 
