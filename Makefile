@@ -17,9 +17,9 @@ test-all: $(VENV)/installed  # adds the default run of every strategy: about 25 
 MARKERS = -o markers="slow: takes minutes; left out of make test"
 
 # Every method on the digits with one budget, then the report: some five minutes a run on 2 cores.
-# make compare SEEDS="0 1"                    more than one seed
-# OMP_NUM_THREADS=1 make -j2 compare          two runs side by side
-# make compare FLAGS="--steps 400"            other settings for all
+# make compare SEEDS="0 1"                               more than one seed
+# OMP_NUM_THREADS=1 make -j2 compare                     two runs side by side
+# make compare RESULTS=runs/short FLAGS="--steps 400"    other settings for all, in another folder
 SEEDS = 0
 FLAGS =
 RESULTS = runs/compare

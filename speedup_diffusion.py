@@ -605,8 +605,9 @@ def refuse(condition, message):
 
 
 def one_line(error):
-    """The first line of an exception's message, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(":.")
+    """What an exception says in one line: a traceback's last one, else the first; its kind if it is silent."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "Traceback" in str(error) else 0].strip().rstrip(":.")
 
 
 def render_digits(count, size=16, seed=0):
@@ -720,7 +721,8 @@ def evaluate(model, diffusion, images, count=1024):
 
 
 def to_uint8(images):
-    """float in [-1, 1] -> uint8 0..255, on the CPU: the inverse of to_float."""
+    """float in [-1, 1] -> uint8 0..255, on the CPU: the inverse of to_float. UserError: not finite."""
+    refuse(not images.isfinite().all(), "the samples are not finite: the training of this model diverged")
     return (images.cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
 
 
@@ -745,9 +747,9 @@ class FrechetDistance:
 
     features: None for InceptionV3, or a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D] at the
     images' own size; that figure is not FID, and `name` says so. TorchScript runs code: open your own files.
-    reference: (mu [D], sigma [D, D]) of the training images; for published_cifar10 with InceptionV3 those of
-    clean-fid, else measured here from images, uint8 [N, C, H, W], unless the file `saved` holds them already.
-    Opens all of it at once. UserError: what cannot be had, and what to do.
+    reference: (mu [D], sigma [D, D]) of the training images: from the file `saved` where it exists; else for
+    published_cifar10 with InceptionV3 those of clean-fid; else measured from images, uint8 [N, C, H, W].
+    Opens and tries all of it at once. UserError: what cannot be had, and what to do.
     """
 
     def __init__(self, features, device, images, published_cifar10=False, saved=None):
@@ -758,52 +760,55 @@ class FrechetDistance:
             from cleanfid import fid as clean_fid
 
             clean_fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.eye(2))
-        except (ImportError, TypeError) as error:  # clean-fid 0.1.35 calls what SciPy 1.18 has no more
-            raise UserError(
-                f"--fid-samples: no working clean-fid ({error}): pip install clean-fid 'scipy<1.18'"
-            ) from error
+        except Exception as error:  # clean-fid 0.1.35 asks SciPy for what 1.18 has no more
+            problem = f"--fid-samples: no working clean-fid ({one_line(error)})"
+            raise UserError(f"{problem}: pip install clean-fid 'scipy<1.18'") from error
         self.clean_fid, waited = clean_fid, socket.getdefaulttimeout()
-        socket.setdefaulttimeout(20)  # a machine that is cut off should say so soon
+        advice = "it must map float images [N, 3, H, W] in 0..255 to features [N, D]"
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch.jit is to be replaced
-                if features:
+            socket.setdefaulttimeout(20)  # a machine that is cut off should say so soon
+            if features:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # torch.jit is to be replaced
                     self.features, self.resize = torch.jit.load(features, self.device).eval(), np.asarray
-                else:
-                    self.features = inception.build_feature_extractor("clean", self.device, False)
-            if published_cifar10 and not features:
-                self.reference = inception.get_reference_statistics("cifar10", 32, split="train")
-            elif saved and saved.is_file():
+            else:
+                advice = "give --fid-features FILE; if a download broke off, delete inception-2015-12-05.pt"
+                self.features = inception.build_feature_extractor(
+                    "clean", self.device, use_dataparallel=False
+                )
+            size = len(self.measure([images[:2]])[0])
+            if saved and saved.is_file():
                 with np.load(saved) as file:
                     self.reference = file["mu"], file["sigma"]
+            elif published_cifar10 and not features:
+                self.reference = inception.get_reference_statistics("cifar10", 32, split="train")
             else:
                 self.reference = self.measure([images])
+            if len(self.reference[0]) != size:
+                raise ValueError(f"{size} features, and {len(self.reference[0])} in the reference")
         except Exception as error:  # no network, no TorchScript, other shapes: each raises its own kind
-            wanted = f"--fid-features {features} cannot be used" if features else "InceptionV3 cannot be had"
-            instead = (
-                "it must map" if features else "without a network give --fid-features FILE, TorchScript of"
-            )
-            raise UserError(
-                f"{wanted} ({one_line(error)}): {instead} float images [N, 3, H, W] in 0..255 to features [N, D]"
-            ) from error
+            what = f"--fid-features {features}" if features else "InceptionV3 or its reference"
+            raise UserError(f"{what} cannot be used ({one_line(error)}): {advice}") from error
         finally:
             socket.setdefaulttimeout(waited)
 
     def measure(self, batches):
         """(mu [D], sigma [D, D]) of the features of batches of uint8 [N, C, H, W]; grey ones become RGB."""
-        # clean-fid's data loader cannot be sent to workers that do not fork
+        # clean-fid's data set cannot be sent to workers that do not fork
         workers = len(os.sched_getaffinity(0)) if multiprocessing.get_start_method() == "fork" else 0
         with tempfile.TemporaryDirectory() as folder:
             count = 0
             for images in batches:
                 save_pngs(images, Path(folder), count)
                 count += len(images)
-            options = {"num_workers": workers, "device": self.device, "verbose": False, "batch_size": 64}
+            options = {"num_workers": workers, "device": self.device, "verbose": False, "batch_size": 32}
             features = self.clean_fid.get_folder_features(
                 folder, self.features, custom_fn_resize=self.resize, **options
             )
         if features.ndim != 2 or len(features) != count or not np.isfinite(features).all():
-            raise ValueError(f"features of {count} images are {features.shape} or not finite")
+            raise ValueError(
+                f"features of {count} images have shape {list(features.shape)} or are not finite"
+            )
         return features.mean(0), np.cov(features, rowvar=False)
 
     def __call__(self, batches):
@@ -1006,6 +1011,11 @@ def train(args, folder=None, checkpoint=None):
         identity["features"] = distance.name
         if args.fid_features:
             identity["features"] += f", crc32 {zlib.crc32(Path(args.fid_features).read_bytes()):08x}"
+    if checkpoint:
+        before = json.loads((folder / "config.json").read_text())
+        for name, value in identity.items():
+            was = before.get(name, value)
+            refuse(was != value, f"--resume {folder}: its {name} were {was}, now they are {value}")
     images, held_out = images.to(device), held_out.to(device)
 
     torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
@@ -1028,8 +1038,8 @@ def train(args, folder=None, checkpoint=None):
         drop_rows_after(start, folder / "metrics.csv")
     else:
         folder = start_run(args, identity)
-        if distance:
-            np.savez(folder / "fid_reference.npz", mu=distance.reference[0], sigma=distance.reference[1])
+    if distance:
+        np.savez(folder / "fid_reference.npz", mu=distance.reference[0], sigma=distance.reference[1])
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on and {len(held_out)} held out")
     print(f"U-Net of {millions:.2f}M parameters on {device}, steps {start} to {args.steps}")
@@ -1126,11 +1136,12 @@ def train(args, folder=None, checkpoint=None):
 # 7 Report
 # ---------------------------------------------------------------------------------------------------------
 
-# May differ between the runs of one row, and must not differ between runs that are compared.
-FREE = {"seed", "out", "device", "data_dir", "fid_every", "eval_every", "fid_features", "python", "torch"}
-SAME = ("data", "features", "fid_samples", "method", "sampling_steps", "eta")
-COLUMNS_OF_REPORT = ("steps", "seconds", "val_mse", "val_vlb", "{} last", "{} best")
-COLUMNS_OF_REPORT += ("steps to baseline's last", "seconds to it", "speed-up (steps)", "speed-up (seconds)")
+# What may differ between the runs of one row, and what must not differ between figures that are compared.
+FREE = {"seed", "out", "data_dir", "eval_every", "python", "torch"}
+FREE |= {"features", "fid_features", "fid_samples", "fid_every"}
+FID_SETTINGS = ("features", "fid_samples", "method", "sampling_steps", "eta")
+REPORT = ("strategy", "runs", "steps", "seconds", "val_mse", "val_vlb", "{0} last", "{0} best")
+REPORT += ("steps to baseline's last", "seconds to it", "speed-up (steps)", "speed-up (seconds)")
 Run = collections.namedtuple("Run", "folder config rows")
 
 
@@ -1140,9 +1151,11 @@ def read_run(folder):
         config = json.loads((folder / "config.json").read_text())
         lines = csv.DictReader(complete_lines(folder / "metrics.csv"))
         rows = [{name: float(row[name]) if row[name] else None for name in METRICS} for row in lines]
-        refuse(not rows or not {"strategy", "data", "seed"} <= set(config), "not one row yet")
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(f"--report {folder}: no run of this script ({one_line(error)})") from error
+        missing = {"strategy", "weighting", "momentum_decay", "seed", "data"} - set(config)
+        refuse(missing, f"config.json lacks {', '.join(sorted(missing))}")
+        refuse(not rows, "not one row yet")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError) as error:
+        raise UserError(f"--report {folder}: no run of this script to report ({one_line(error)})") from error
     return Run(folder, config, rows)
 
 
@@ -1166,7 +1179,8 @@ def reach(points, target):
 def group_by_setting(runs):
     """{name: its runs}: those that differ in FREE alone are one setting, named by what it does not share."""
     settings = [{name: value for name, value in run.config.items() if name not in FREE} for run in runs]
-    apart = [name for name in settings[0] if len({str(setting.get(name)) for setting in settings}) > 1]
+    known = dict.fromkeys(name for setting in settings for name in setting)
+    apart = [name for name in known if len({str(setting.get(name)) for setting in settings}) > 1]
     groups = {}
     for run, setting in zip(runs, settings):
         name = setting.pop("strategy")
@@ -1179,107 +1193,132 @@ def group_by_setting(runs):
     return groups
 
 
+def refuse_to_compare(runs):
+    """UserError unless the runs have the same data and, those with FID, took it in the same way."""
+    for names, some in (("data",), runs), (FID_SETTINGS, [run for run in runs if "features" in run.config]):
+        for name, run in itertools.product(names, some):
+            one, two = some[0].config.get(name), run.config.get(name)
+            refuse(one != two, f"--report: {name} is {one} in {some[0].folder} but {two} in {run.folder}")
+
+
 def report(folders, out):
     """Print a Markdown table of the runs, a row for each setting, the first the baseline; draw two pictures."""
     runs = [read_run(Path(folder)) for folder in folders]
-    for run in runs:
-        for name in SAME:
-            one, two = runs[0].config.get(name), run.config.get(name)
-            refuse(one != two, f"--report: {name} is {one} in {folders[0]} but {two} in {run.folder}")
-    fid = runs[0].config.get("features", "FID").split(", crc32")[0]
+    refuse_to_compare(runs)
+    fid = next((run.config["features"] for run in runs if "features" in run.config), "FID").split(", crc32")[
+        0
+    ]
     groups = group_by_setting(runs)
-    # A run is held against the baseline with its own seed, which had the same first weights, images and noise.
-    baseline, *_ = groups.values()
-    goals = {run.config["seed"]: curve(run)[-1] for run in baseline if curve(run)}
+    # A run is held against the baseline with its own seed, which had the same first weights, images and noise:
+    # where did each first reach the baseline's last FID?
+    curves = {run.config["seed"]: curve(run) for run in next(iter(groups.values()))}
+    goals = {
+        seed: (points[-1][2], *reach(points, points[-1][2])) for seed, points in curves.items() if points
+    }
     mean_goal = tuple(map(statistics.fmean, zip(*goals.values())))
 
     def figures(run):
         goal, fids = goals.get(run.config["seed"], mean_goal), curve(run)
         last = [(curve(run, name) or [(None,) * 3])[-1][2] for name in ("val_mse", "val_vlb", "fid")]
-        reached = (goal and reach(fids, goal[2])) or (None, None)
-        ratios = [a / b if b else None for a, b in zip(goal or (None, None), reached)]
-        last_row = run.rows[-1]["step"], run.rows[-1]["seconds"]
-        return [*last_row, *last, min((value for *_, value in fids), default=None), *reached, *ratios]
+        best = min((value for *_, value in fids), default=None)
+        reached = (goal and reach(fids, goal[0])) or (None, None)
+        ratios = [theirs / own if own else None for theirs, own in zip(goal[1:], reached)] or (None, None)
+        return [run.rows[-1]["step"], run.rows[-1]["seconds"], *last, best, *reached, *ratios]
 
     def cell(values):
-        if None in values:
+        known = [value for value in values if value is not None]
+        if not known:
             return "-"
-        texts = [f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}" for v in (min(values), max(values))]
-        mean = statistics.fmean(values)
-        mean = f"{mean:.4g}" if abs(mean) < 1000 else f"{mean:.0f}"
-        return mean if texts[0] == texts[1] else f"{mean} ({texts[0]}..{texts[1]})"
+        mean, low, high = (
+            f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}"
+            for v in (statistics.fmean(known), min(known), max(known))
+        )
+        spread = f" ({low}..{high})" if low != high else ""
+        return mean + spread + (f" in {len(known)} of {len(values)}" if len(known) < len(values) else "")
 
-    print("| run | seeds | " + " | ".join(COLUMNS_OF_REPORT).format(fid, fid) + " |")
-    print("|---" * (2 + len(COLUMNS_OF_REPORT)) + "|")
+    print("| " + " | ".join(REPORT).format(fid.replace("|", "/")) + " |")
+    print("|---" * len(REPORT) + "|")
     for name, members in groups.items():
-        cells = [cell(values) for values in zip(*map(figures, members))]
-        print(f"| {name} | {len(members)} | " + " | ".join(cells) + " |")
+        cells = map(cell, zip(*map(figures, members)))
+        print(" | ".join([f"| {name}", str(len(members)), *cells]) + " |")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("\nno pictures without matplotlib: pip install matplotlib")
         return
-    pictures = {"methods.png": (draw_methods, runs)} | (
-        {"curves.png": (draw_curves, groups, fid)} if goals else {}
-    )
+    pictures = {"methods.png": functools.partial(draw_methods, runs=runs)}
+    if any(map(curve, runs)):
+        pictures["curves.png"] = functools.partial(draw_curves, groups=groups, fid=fid)
     folder = new_folder(out, Path("runs") / "report")
-    for name, (draw, *what) in pictures.items():
+    for name, draw in pictures.items():
         figure = Figure((12, 6), dpi=100, layout="constrained")
-        draw(figure, *what)
+        draw(figure)
         figure.savefig(folder / name)
     print(f"\n{' and '.join(pictures)} in {folder}")
 
 
 def draw_curves(figure, groups, fid):
     """FID over steps and over seconds: each setting's mean as a line, its runs as dots, the baseline black."""
-    for axis, column, name in zip(
-        figure.subplots(1, 2, sharey=True), (0, 1), ("step", "seconds of training")
-    ):
-        for number, (label, runs) in enumerate(groups.items()):
-            color, dashes = f"C{number - 1}" if number else "black", "--" if number > 10 else "-"
-            mean = [[statistics.fmean(axis) for axis in zip(*points)] for points in zip(*map(curve, runs))]
-            axis.plot(*zip(*[(point[column], point[2]) for point in mean]), dashes, color=color, label=label)
-            for points in map(curve, runs):
-                axis.plot(*zip(*[(point[column], point[2]) for point in points]), ".", color=color, alpha=0.4)
-            if not number:
-                axis.axhline(mean[-1][2], color=color, linestyle=":")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, (name, runs) in enumerate(groups.items()):
+        color, dashes = f"C{number - 1}" if number else "black", "--" if number > 10 else "-"
+        by_step = collections.defaultdict(list)
+        for point in itertools.chain(*map(curve, runs)):
+            by_step[point[0]].append(point)
+            for axis, x in ((left, point[0]), (right, point[1])):
+                axis.plot(x, point[2], ".", color=color, alpha=0.4)
+        common = [points for _, points in sorted(by_step.items()) if len(points) == len(runs)]
+        for axis, column in ((left, 0), (right, 1)):
+            x, y = (
+                [statistics.fmean(point[c] for point in points) for points in common] for c in (column, 2)
+            )
+            axis.plot(x, y, dashes, color=color, label=name)
+            if not number and y:
+                axis.axhline(y[-1], color=color, linestyle=":")
+    for axis, name in ((left, "step"), (right, "seconds of training")):
         axis.set(xlabel=name, yscale="log")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(fid)
-    figure.axes[1].legend()
+    left.set_ylabel(fid)
+    right.legend()
 
 
 def draw_methods(figure, runs):
     """P(t) and w(t) of the static methods, P(t) of the curriculum as it moves, and as an adaptive run drew it."""
     args = argparse.Namespace(**runs[0].config)
     alphas_cumprod = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
-    T, grey = args.timesteps, [f"{0.8 - 0.2 * part}" for part in range(5)]
+    T, greys = args.timesteps, [f"{0.8 - 0.2 * part}" for part in range(5)]
 
     def built(strategy, weighting="none"):
         args.strategy, args.weighting = strategy, weighting
         return build_strategy(args, alphas_cumprod, 1)
 
     static, weights, curriculum, adaptive = figure.subplots(2, 2).flat
-    uniform = built("uniform")[0].probs
     for strategy in ("uniform", "logit-normal", "speed"):
         static.plot(T * built(strategy)[0].probs, label=strategy)
+    uniform = built("uniform")[0].probs
     for weighting in WEIGHTINGS[1:]:
-        weights.plot(normalize_weights(built("uniform", weighting)[1], uniform), label=weighting)
+        if T > 2 or weighting != "change-aware":
+            weights.plot(normalize_weights(built("uniform", weighting)[1], uniform), label=weighting)
     sampler = built("curriculum")[0]
-    for part in range(5):
+    for part, grey in enumerate(greys):
         sampler.sample(alphas_cumprod[None], part * args.steps / 4)
-        curriculum.plot(T * sampler.probs, color=grey[part], label=f"at {25 * part}% of the steps")
-    run = next((run for run in runs if run.config["strategy"] == "adaptive"), None)
-    if run:
-        drawn = load_checkpoint(run.folder / "checkpoint.pt")["drawn"]
-        shares = F.adaptive_avg_pool2d(drawn[None].float(), (5, min(T, 50)))[0]
-        middle = (torch.arange(shares.shape[1]) + 0.5) * T / shares.shape[1]
-        for part, share in enumerate(shares / shares.mean(1, keepdim=True).clamp(min=1e-9)):
-            adaptive.plot(middle, share, color=grey[part], label=f"{20 * part}% to {20 * part + 20}%")
-    titles = "T P(t), static", "w(t), with mean 1 under uniform t", "T P(t), curriculum"
-    for axis, title in zip(
-        figure.axes, (*titles, f"T P(t), {run.folder}" if run else "no adaptive run given")
-    ):
+        curriculum.plot(T * sampler.probs, color=grey, label=f"at {25 * part}% of the steps")
+    checkpoints = [run.folder / "checkpoint.pt" for run in runs if run.config["strategy"] == "adaptive"]
+    for path in [path for path in checkpoints if path.is_file()][:1]:
+        drawn = load_checkpoint(path)["drawn"].float()
+        shares = F.adaptive_avg_pool2d(drawn[None], (5, min(drawn.shape[1], 50)))[0]
+        middles = (torch.arange(shares.shape[1]) + 0.5) * drawn.shape[1] / shares.shape[1]
+        for part, share in enumerate(shares):
+            label = f"drawn from {20 * part}% to {20 * part + 20}%"
+            if share.any():
+                adaptive.plot(middles, share / share.mean(), color=greys[part], label=label)
+    titles = (
+        "T P(t), static",
+        "w(t), with mean 1 under uniform t",
+        "T P(t), curriculum",
+        "T P(t), an adaptive run",
+    )
+    for axis, title in zip(figure.axes, titles):
         axis.set(title=title, xlabel="t", ylim=(0, None))
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -1305,6 +1344,7 @@ DATASETS = {
 }
 # fmt: on
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
+PLACES = {"device", "data_dir", "fid_features"}  # what --resume may find elsewhere
 WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
 
 
@@ -1411,7 +1451,7 @@ def make_parser():
     add(
         "--fid-samples",
         whole("[2, 1e6]"),
-        "measure FID of the EMA model on N samples at the end",
+        "measure FID at the end on N samples, more than there are features",
         metavar="N",
     )
     add("--fid-every", count, "and every so many steps", metavar="STEPS")
@@ -1448,7 +1488,7 @@ def parse_args(argv):
         others = ", ".join("--" + name.replace("_", "-") for name in sorted(given - allowed - {flag}))
         refuse(flag in given and others, f"--{flag} {why}: drop {others}")
 
-    refuse_beside("resume", {"device", "data_dir"}, "goes on with the run's own settings")
+    refuse_beside("resume", PLACES, "goes on with the run's own settings")
     sampling = {"checkpoint", "out", "method", "sampling_steps", "eta", "seed", "batch_size", "device", "amp"}
     refuse_beside("generate", sampling, "trains nothing")
     refuse_beside("report", {"out"}, "trains nothing")
@@ -1475,10 +1515,10 @@ def parse_args(argv):
     refuse(change_aware and T < 3, "change-aware weights need at least 3 timesteps")
     too_many = args.strategy == "adaptive" and args.adaptive_selected > probed
     refuse(too_many, f"--adaptive-selected {args.adaptive_selected} exceeds the {probed} timesteps probed")
-    lost = given & {"fid_every", "fid_features"} and args.fid_samples is None
-    refuse(lost, "--fid-every and --fid-features need --fid-samples N")
-    lost = args.fid_features is not None and not Path(args.fid_features).is_file()
-    refuse(lost, f"--fid-features {args.fid_features}: no such file")
+    alone = given & {"fid_every", "fid_features"} and args.fid_samples is None
+    refuse(alone, "--fid-every and --fid-features need --fid-samples N")
+    missing = args.fid_features is not None and not Path(args.fid_features).is_file()
+    refuse(missing, f"--fid-features {args.fid_features}: no such file")
     args.sampling_steps = args.sampling_steps or min(50, T)
     refuse(args.sampling_steps > T, f"--sampling-steps {args.sampling_steps} must lie in 1..{T}")
     refuse(args.width % 2, f"--width {args.width} must be even")
@@ -1502,8 +1542,8 @@ def main(argv=None):
         elif args.resume is not None:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder / "checkpoint.pt")
-            elsewhere = {name: vars(args)[name] for name in given & {"device", "data_dir"}}
-            settings = checkpoint["args"] | elsewhere
+            elsewhere = {name: vars(args)[name] for name in given & PLACES}
+            settings = vars(make_parser().parse_args([])) | checkpoint["args"] | elsewhere
             settings["device"] = usable_device(settings["device"], settings["amp"])
             steps = settings["steps"]
             refuse(checkpoint["step"] >= steps, f"{folder} has done all of its {steps} steps")

@@ -7,6 +7,8 @@ import csv
 import functools
 import json
 import math
+import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -1107,6 +1109,10 @@ def test_a_folder_trains_and_resumes_where_it_was_moved(here, image_folder, caps
     write_grey(here / "grey")
     assert sd.main(["--resume", "runs/folder-uniform", "--data-dir", "grey"]) == 2
     assert "1 channels, the run 3" in capsys.readouterr().err
+    fewer = Path(shutil.copytree(moved, here / "fewer"))
+    next(path for path in sorted(fewer.rglob("*")) if path.is_file()).unlink()
+    assert sd.main(["--resume", "runs/folder-uniform", "--data-dir", "fewer"]) == 2
+    assert "its data were" in capsys.readouterr().err
     assert sd.main(["--resume", "runs/folder-uniform", "--data-dir", str(moved)]) == 0
     assert [int(row["step"]) for row in metrics("runs/folder-uniform")] == [3, 6]
     assert all(math.isfinite(float(row["val_vlb"])) for row in metrics("runs/folder-uniform"))
@@ -1143,20 +1149,36 @@ def test_fid_is_measured_along_the_run_and_a_resumed_run_measures_the_same(here,
     )
     with stopping_at(6):
         assert sd.main([*options, "--out", "broken"]) == 130
-    monkeypatch.setattr(sd, "load_dataset", lambda *args: (torch.zeros(9_728, 1, 16, 16).byte(),) * 2)
-    with np.load("whole/fid_reference.npz") as whole, np.load("broken/fid_reference.npz") as broken:
-        assert whole["mu"].shape == (16,) and whole["sigma"].shape == (16, 16)
-        assert all((whole[name] == broken[name]).all() for name in whole)
-    reference = []
-    call = sd.FrechetDistance.__call__
-    monkeypatch.setattr(
-        sd.FrechetDistance, "__call__", lambda self, *a: reference.append(self.reference) or call(self, *a)
-    )
+    measure, measured = sd.FrechetDistance.measure, []
+
+    def watch(self, batches):
+        batches = list(batches)
+        measured.append(sum(map(len, batches)))
+        return measure(self, batches)
+
+    monkeypatch.setattr(sd.FrechetDistance, "measure", watch)
     assert sd.main(["--resume", "broken"]) == 0
-    with np.load("whole/fid_reference.npz") as whole:  # kept, not measured again from the other images
-        assert (reference[0][0] == whole["mu"]).all() and (reference[0][1] == whole["sigma"]).all()
-    assert [row["step"] for row in metrics("broken")] == ["2", "4", "6"]
-    assert [row["fid"] for row in metrics("broken")][:2] == [row["fid"] for row in rows][:2]
+    assert measured == [2, 20]  # a trial and the samples: the reference was kept
+    whole, broken = ([row | {"seconds": ""} for row in metrics(run)] for run in ("whole", "broken"))
+    assert whole == broken
+
+
+def test_a_run_is_not_resumed_with_other_features(here, pooled, capsys):
+    features = shutil.copy(pooled, here / "own.ts")
+    with stopping_at(5):
+        assert sd.main(["--fid-samples", "20", "--fid-features", str(features), *TINY]) == 130
+    save_torchscript(ChannelMeans(), here / "own.ts")
+    assert sd.main(["--resume", "runs/digits-uniform"]) == 2
+    assert "cannot be used (3 features, and 16 in the reference)" in capsys.readouterr().err
+    save_torchscript(nn.Sequential(Pooled(), nn.ReLU()), here / "own.ts")
+    assert sd.main(["--resume", "runs/digits-uniform"]) == 2
+    assert "its features were FD (own.ts), crc32" in capsys.readouterr().err
+    (here / "own.ts").unlink()
+    assert sd.main(["--resume", "runs/digits-uniform"]) == 2
+    assert "own.ts cannot be used" in capsys.readouterr().err
+    (here / "elsewhere").mkdir()
+    moved = shutil.copy(pooled, here / "elsewhere" / "own.ts")
+    assert sd.main(["--resume", "runs/digits-uniform", "--fid-features", str(moved)]) == 0
 
 
 def test_a_trained_model_is_nearer_than_noise(here, pooled):
@@ -1258,26 +1280,32 @@ def test_the_report_compares_with_the_baseline_of_the_same_seed(here, capsys, wi
     runs = [write_run(here / f"base-{seed}", fids, seed=seed) for seed, fids in ((0, (9, 5)), (1, (8, 6)))]
     speed = {"strategy": "speed", "momentum_decay": True}
     runs += [write_run(here / f"fast-{seed}", (7, 3), seed=seed, **speed) for seed in (0, 1)]
-    runs += [write_run(here / "slow", (90, 80), seed=0, lr=0.5)]
+    runs += [write_run(here / f"slow-{seed}", (90, 5.5), seed=seed, lr=0.5) for seed in (0, 1)]
+    runs += [write_run(here / "never", (90, 80), seed=0, weighting="p2")]
     assert sd.main(["--report", *runs]) == 0
     out = capsys.readouterr().out
-    base, fast, slow = table(out)
-    assert "pip install matplotlib" in out and sorted(p.name for p in here.iterdir()) == sorted(
-        Path(run).name for run in runs
-    )
-    assert (base["run"], base["seeds"], base["steps"]) == ("uniform, lr 0.1", "2", "200")
-    assert base["FD (x.ts) last"] == "5.5 (5..6)" and base["FD (x.ts) best"] == "5.5 (5..6)"
-    assert base["speed-up (steps)"] == "1" and base["val_mse"] == "0.05"
+    base, fast, slow, never = table(out)
+    assert "pip install matplotlib" in out and len(list(here.iterdir())) == len(runs)
+    assert (base["strategy"], base["runs"], base["steps"]) == ("uniform, lr 0.1", "2", "200")
+    assert base["FD (x.ts) last"] == "5.5 (5..6)" == base["FD (x.ts) best"]
+    assert base["speed-up (steps)"] == "1" and base["val_mse"] == "0.05" and base["val_vlb"] == "0.5"
     # seed 0 falls to 5 half-way between 100 and 200 steps, seed 1 to 6 a quarter of the way
-    assert fast["run"] == "speed + momentum decay, lr 0.1"
-    assert (
-        fast["steps to baseline's last"] == "137.5 (125..150)" and fast["seconds to it"] == "13.75 (12.5..15)"
-    )
+    assert fast["strategy"] == "speed + momentum decay, lr 0.1"
+    assert fast["steps to baseline's last"] == "137.5 (125..150)"
+    assert fast["seconds to it"] == "13.75 (12.5..15)"
     assert fast["speed-up (steps)"] == "1.467 (1.333..1.6)" == fast["speed-up (seconds)"]
-    assert (
-        slow["run"] == "uniform, lr 0.5"
-        and slow["steps to baseline's last"] == "-" == slow["speed-up (seconds)"]
-    )
+    assert slow["strategy"] == "uniform, lr 0.5"
+    assert slow["steps to baseline's last"] == "199.4 in 1 of 2"
+    assert never["strategy"] == "uniform + p2, lr 0.1"
+    assert never["steps to baseline's last"] == "-" == never["speed-up (seconds)"]
+
+
+def test_a_baseline_that_rises_again_is_no_faster_than_itself(here, capsys, without_matplotlib):
+    one, two = (write_run(here / name, (9, 4, 5), strategy=name) for name in ("uniform", "speed"))
+    assert sd.main(["--report", one, two]) == 0
+    for row in table(capsys.readouterr().out):
+        assert row["steps to baseline's last"] == "180" and row["speed-up (steps)"] == "1"
+        assert (row["FD (x.ts) last"], row["FD (x.ts) best"]) == ("5", "4")
 
 
 def test_a_report_without_fid_has_dashes(here, capsys, without_matplotlib):
@@ -1287,8 +1315,8 @@ def test_a_report_without_fid_has_dashes(here, capsys, without_matplotlib):
     (here / "run" / "config.json").write_text(json.dumps(config))
     assert sd.main(["--report", run]) == 0
     assert table(capsys.readouterr().out)[0] == {
-        "run": "uniform",
-        "seeds": "1",
+        "strategy": "uniform",
+        "runs": "1",
         "steps": "200",
         "seconds": "20",
         "val_mse": "0.05",
@@ -1319,33 +1347,38 @@ def test_the_report_draws_real_runs(here, pooled, capsys):
     for strategy in ("uniform", "adaptive"):
         assert sd.main(["--strategy", strategy, "--adaptive-every", "2", *fid]) == 0
     capsys.readouterr()
+    with stopping_at(2):  # a run without any measurement, nor a checkpoint
+        assert sd.main(["--strategy", "adaptive", "--out", "runs/begun", "--seed", "1", *fid]) == 130
+    with open("runs/begun/metrics.csv", "a") as file:
+        file.write("1,16,0.1,0.5,0.001,0.9,,,\n")
     for out in ("runs/report", "runs/report-2"):
-        assert sd.main(["--report", "runs/digits-uniform", "runs/digits-adaptive"]) == 0
+        assert sd.main(["--report", "runs/digits-uniform", "runs/begun", "runs/digits-adaptive"]) == 0
         printed = capsys.readouterr().out
-        assert f"methods.png and curves.png in {out}" in printed and len(table(printed)) == 2
-        assert Image.open(Path(out, "curves.png")).size == (1200, 500)
-        assert Image.open(Path(out, "methods.png")).size == (1200, 700)
+        assert f"methods.png and curves.png in {out}" in printed and len(table(printed)) == 3
+        assert Image.open(Path(out, "curves.png")).size == (1200, 600)
+        assert Image.open(Path(out, "methods.png")).size == (1200, 600)
 
 
 def test_make_compare_runs_every_strategy_with_flags_that_exist():
     make = ["make", "--dry-run", "--always-make", "compare", "SEEDS=0 1", "RESULTS=nowhere"]
-    lines = subprocess.run(
-        make, cwd=Path(sd.__file__).parent, capture_output=True, text=True, check=True
-    ).stdout
-    commands = [
-        line.split(".py ")[1].split() for line in lines.replace("\\\n", "").splitlines() if " --out " in line
-    ]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+    }
+    shown = subprocess.run(
+        make, cwd=Path(sd.__file__).parent, env=environment, capture_output=True, text=True, check=True
+    )
+    lines = [line.split() for line in shown.stdout.replace("\\\n", "").splitlines()]
     runs = {}
-    for command in commands:
-        args = sd.make_parser().parse_args(command)
-        runs[args.out] = args.strategy, args.weighting, args.momentum_decay, args.seed
-    assert len(commands) == len(runs) == len(set(runs.values())) == 22
-    assert {run[0] for run in runs.values()} == set(sd.STRATEGIES)
+    for line in lines:
+        if "--out" in line:
+            args = sd.make_parser().parse_args(line[2:])
+            runs[args.out] = args.strategy, args.weighting, args.momentum_decay, args.seed
+    assert len(runs) == len(set(runs.values())) == 22 and {run[0] for run in runs.values()} == set(
+        sd.STRATEGIES
+    )
     assert runs["nowhere/adaptive-min-snr-1"] == ("adaptive", "min-snr", False, 1)
-    assert lines.splitlines()[-1].split("--report ")[1].split()[:2] == [
-        "nowhere/uniform-0",
-        "nowhere/uniform-1",
-    ]
+    (reported,) = (line[line.index("--report") + 1 :] for line in lines if "--report" in line)
+    assert sorted(reported) == sorted(runs) and reported[:2] == ["nowhere/uniform-0", "nowhere/uniform-1"]
 
 
 # 8 Command line
@@ -1419,7 +1452,7 @@ BAD_INPUT = {
     "--fid-samples 9 --fid-features {other}": "other.pt cannot be used",
     "--fid-samples 9 --fid-features {constant}": "features [N, D]",
     "--report nowhere": "no run of this script",
-    "--report {empty}": "no run of this script",
+    "--report {empty}": "no run of this script to report",
     "--report {run} {part}": "no run of this script",
     "--report {run} --seed 1": "drop --seed",
     "--report": "expected at least one argument",
