@@ -993,6 +993,26 @@ def generate(args):
     print(f"{args.generate} images and grid.png in {folder}")
 
 
+def open_distance(args, images, folder=None):
+    """(the FrechetDistance args ask for, or None; which data and features figures were taken with).
+
+    UserError if the run in folder, to be resumed, had others.
+    """
+    distance, identity = None, {"data": f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"}
+    if args.fid_samples:
+        saved = folder and folder / "fid_reference.npz"
+        published_cifar10 = (args.dataset, args.image_size) == ("cifar10", 32)
+        distance = FrechetDistance(args.fid_features, args.device, images, published_cifar10, saved)
+        identity["features"] = distance.name
+        if args.fid_features:
+            identity["features"] += f", crc32 {zlib.crc32(Path(args.fid_features).read_bytes()):08x}"
+    before = json.loads((folder / "config.json").read_text()) if folder else {}
+    for name, value in identity.items():
+        was = before.get(name, value)
+        refuse(was != value, f"--resume {folder}: its {name} were {was}, now they are {value}")
+    return distance, identity
+
+
 def train(args, folder=None, checkpoint=None):
     """Train as args say: from the beginning into a new folder, or on from a checkpoint in its own."""
     device = torch.device(args.device)
@@ -1003,19 +1023,7 @@ def train(args, folder=None, checkpoint=None):
         raise UserError(f"--batch-size {args.batch_size} is more than the {count} training images")
     if checkpoint and channels != checkpoint["channels"]:
         raise UserError(f"{args.data_dir} has {channels} channels, the run {checkpoint['channels']}")
-    distance, identity = None, {"data": f"{count} images, crc32 {zlib.crc32(images.numpy()):08x}"}
-    if args.fid_samples:
-        saved = folder and folder / "fid_reference.npz"
-        published_cifar10 = (args.dataset, args.image_size) == ("cifar10", 32)
-        distance = FrechetDistance(args.fid_features, device, images, published_cifar10, saved)
-        identity["features"] = distance.name
-        if args.fid_features:
-            identity["features"] += f", crc32 {zlib.crc32(Path(args.fid_features).read_bytes()):08x}"
-    if checkpoint:
-        before = json.loads((folder / "config.json").read_text())
-        for name, value in identity.items():
-            was = before.get(name, value)
-            refuse(was != value, f"--resume {folder}: its {name} were {was}, now they are {value}")
+    distance, identity = open_distance(args, images, folder)
     images, held_out = images.to(device), held_out.to(device)
 
     torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
@@ -1140,8 +1148,10 @@ def train(args, folder=None, checkpoint=None):
 FREE = {"seed", "out", "data_dir", "eval_every", "python", "torch"}
 FREE |= {"features", "fid_features", "fid_samples", "fid_every"}
 FID_SETTINGS = ("features", "fid_samples", "method", "sampling_steps", "eta")
-REPORT = ("strategy", "runs", "steps", "seconds", "val_mse", "val_vlb", "{0} last", "{0} best")
-REPORT += ("steps to baseline's last", "seconds to it", "speed-up (steps)", "speed-up (seconds)")
+REPORT = (
+    "strategy | runs | steps | seconds | val_mse | val_vlb | {0} last | {0} best | steps to baseline's last"
+)
+REPORT += " | seconds to it | speed-up (steps) | speed-up (seconds)"
 Run = collections.namedtuple("Run", "folder config rows")
 
 
@@ -1236,8 +1246,8 @@ def report(folders, out):
         spread = f" ({low}..{high})" if low != high else ""
         return mean + spread + (f" in {len(known)} of {len(values)}" if len(known) < len(values) else "")
 
-    print("| " + " | ".join(REPORT).format(fid.replace("|", "/")) + " |")
-    print("|---" * len(REPORT) + "|")
+    print(f"| {REPORT.format(fid.replace('|', '/'))} |")
+    print("|---" * len(REPORT.split("|")) + "|")
     for name, members in groups.items():
         cells = map(cell, zip(*map(figures, members)))
         print(" | ".join([f"| {name}", str(len(members)), *cells]) + " |")
