@@ -1195,7 +1195,7 @@ def group_by_setting(runs):
     for run, setting in zip(runs, settings):
         name = setting.pop("strategy")
         if (weighting := setting.pop("weighting")) != "auto":
-            name += f" + {weighting}"
+            name += f" + {weighting} weights".replace("none", "no")
         if setting.pop("momentum_decay"):
             name += " + momentum decay"
         name += "".join(f", {key} {setting[key]}" for key in apart if key in setting)
@@ -1288,6 +1288,8 @@ def draw_curves(figure, groups, fid):
     for axis, name in ((left, "step"), (right, "seconds of training")):
         axis.set(xlabel=name, yscale="log")
         axis.grid(alpha=0.3)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
     left.set_ylabel(fid)
     right.legend()
 

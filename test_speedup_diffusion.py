@@ -1298,7 +1298,7 @@ def test_the_report_compares_with_the_baseline_of_the_same_seed(here, capsys, wi
     assert fast["speed-up (steps)"] == "1.467 (1.333..1.6)" == fast["speed-up (seconds)"]
     assert slow["strategy"] == "uniform, lr 0.5"
     assert slow["steps to baseline's last"] == "199.4 in 1 of 2"
-    assert never["strategy"] == "uniform + p2, lr 0.1"
+    assert never["strategy"] == "uniform + p2 weights, lr 0.1"
     assert never["steps to baseline's last"] == "-" == never["speed-up (seconds)"]
 
 
