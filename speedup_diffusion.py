@@ -29,6 +29,9 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
+import shutil
+import signal
 import socket
 import statistics
 import sys
@@ -263,7 +266,8 @@ class AdaptiveSampler:
     Differs from the authors' code: before and after share x_t and noise, so that Delta shows the update and
     not the draw; step 1 probes 100 timesteps and not all T (probe=T does); r^2 ranks as their F score does;
     Delta^t is vlb_coefficients[t] times the fall of the epsilon-MSE, which is the same when the variance is
-    fixed to beta_t; S may change from the third probe on; adaptive pooling, so that images need not be 32x32.
+    fixed to beta_t; S may change from the third probe on; adaptive pooling, so that images need not be 32x32;
+    a share `floor` of u is drawn uniformly, so that no t dies out however sure of itself the policy becomes.
     Cost in image-forwards: 2 (probe + selected B) every `every` steps, beside 3 B a step for training.
 
     `probs` is the mixture over the images of the batch of the last policy update. The model, an nn.Module with
@@ -272,32 +276,46 @@ class AdaptiveSampler:
     """
 
     def __init__(
-        self, alphas_cumprod, in_channels, every=40, selected=3, queue=20, probe=100, lr=1e-2, entropy=1e-2
+        self,
+        alphas_cumprod,
+        in_channels,
+        every=40,
+        selected=3,
+        queue=20,
+        probe=100,
+        lr=1e-2,
+        entropy=1e-2,
+        floor=0.01,
     ):
         T, device = len(alphas_cumprod), alphas_cumprod.device
         probe = min(probe, T)
-        if not 1 <= selected <= probe or every < 1 or queue < 3:
-            raise ValueError(f"selected must lie in 1..{probe} (probe, or T), every >= 1 and queue >= 3")
+        if not 1 <= selected <= probe or every < 1 or queue < 3 or not 0 < floor < 1:
+            raise ValueError(
+                f"selected must lie in 1..{probe} (probe, or T), every >= 1, queue >= 3, floor in (0, 1)"
+            )
         ab = alphas_cumprod.double()
         alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
         self.vlb_coefficients = ((1 - alphas) / (2 * alphas * (1 - ab) * math.log(2))).float()
-        self.alphas_cumprod, self.every, self.entropy = alphas_cumprod.float(), every, entropy
+        self.alphas_cumprod, self.every = alphas_cumprod.float(), every
+        self.entropy, self.floor = entropy, floor
         layers = []
         for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
             conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1)
-            layers += [conv, torch.nn.ReLU(), torch.nn.MaxPool2d(2, ceil_mode=True)]
+            layers += [conv, torch.nn.MaxPool2d(2, ceil_mode=True), torch.nn.ReLU()]  # = pool(relu), cheaper
         layers += [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
         for c_in in (128 * 4 * 4, 256):
             layers += [torch.nn.Linear(c_in, 256), torch.nn.ReLU()]
         last = torch.nn.Linear(256, 2)
         torch.nn.init.zeros_(last.weight)
         torch.nn.init.constant_(last.bias, 0.5)  # a = b = softplus(0.5) = 0.974: nearly uniform
-        self.policy = torch.nn.Sequential(*layers, last).to(device)
+        self.policy = torch.nn.Sequential(*layers, last).to(device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
         self.grid = torch.linspace(0, T - 1, probe, dtype=torch.float64).round().long().to(device)
         self.selected = torch.arange(selected, device=device)
         self.queue, self.filled = torch.zeros(queue, probe, device=device), 0
+        self.uniform = self.beta_probs(*torch.ones(2, 1, device=device), T)
         self.probs = self.beta_probs(*F.softplus(last.bias.detach()[:, None]) + 1e-5, T)
+        self.probs = self.probs.lerp(self.uniform, floor)
         self._drawn = self._look = None
 
     @staticmethod
@@ -330,6 +348,7 @@ class AdaptiveSampler:
     @torch.no_grad()
     def sample(self, x0, step):
         u = torch.distributions.Beta(*self.concentrations(x0), validate_args=False).sample()
+        u = torch.where(torch.rand_like(u) < self.floor, torch.rand_like(u), u)
         self._drawn = x0, u.clamp(1e-6, 1 - 1e-6)  # log p(u) is infinite at 0 and 1
         return (u * (len(self.probs) - 1)).round().long()
 
@@ -374,7 +393,9 @@ class AdaptiveSampler:
         x0, u = self._drawn
         with torch.enable_grad(), torch.autocast(x0.device.type, enabled=False):
             beta = torch.distributions.Beta(*self.concentrations(x0), validate_args=False)
-            loss = -(beta.log_prob(u) * reward).mean() - self.entropy * beta.entropy().mean()
+            floor = u.new_tensor(self.floor)
+            log_prob = torch.logaddexp(beta.log_prob(u) + torch.log1p(-floor), floor.log())
+            loss = -(log_prob * reward).mean() - self.entropy * beta.entropy().mean()
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
@@ -384,7 +405,8 @@ class AdaptiveSampler:
     @torch.no_grad()
     def refresh_probs(self, x0):
         """Set `probs` to the mixture over the images x0."""
-        self.probs = self.beta_probs(*self.concentrations(x0), len(self.probs))
+        probs = self.beta_probs(*self.concentrations(x0), len(self.probs))
+        self.probs = probs.lerp(self.uniform, self.floor)
 
     @staticmethod
     def most_predictive(deltas, count):
@@ -629,18 +651,34 @@ def render_digits(count, size=16, seed=0):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
+def to_rgb(image):
+    """A PIL image of any mode as RGB, upright: the first frame, 16 bits scaled to 8, transparency on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow itself would clip these to 255
+        values = np.asarray(image)
+        refuse(values.min() < 0 or values.max() > 65535, "its values exceed 16 bits")
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    refuse(image.mode == "F", "floating-point pixels have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def read_images(open_image, names, size):
     """uint8 [N, C, size, size] from open_image(name) -> PIL image, centre-cropped; C = 1 if all are grey."""
 
     def read(name):
         try:
-            image = ImageOps.exif_transpose(open_image(name)).convert("RGB")
-            return np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+            with open_image(name) as image:
+                return np.array(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
         except Exception as error:  # Pillow's readers raise many kinds
-            raise UserError(f"{name} cannot be read as an image ({error}): mend or remove it") from error
+            problem = f"{name} cannot be read as an image ({one_line(error)})"
+            raise UserError(f"{problem}: mend or remove it") from error
 
     images, grey = torch.empty((len(names), 3, size, size), dtype=torch.uint8), True
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         bar = tqdm(pool.map(read, names), "reading images", len(names), unit="img", leave=False)
         for i, pixels in enumerate(bar):
             grey = grey and (pixels == pixels[..., :1]).all()
@@ -648,15 +686,30 @@ def read_images(open_image, names, size):
     return images[:, :1].clone() if grey else images
 
 
+def open_file(path):
+    """Image.open, but not of what is no file: a pipe would never end."""
+    if not path.is_file():
+        raise OSError("no file, or a link that leads nowhere")
+    return Image.open(path)
+
+
 def read_folder(folder, size):
-    """Every image file below folder, in the order of their paths."""
-    if not folder.is_dir():
-        raise UserError(f"--data-dir {folder}: no such folder")
-    endings = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
-    if not paths:
-        raise UserError(f"--data-dir {folder}: no images ({' '.join(endings)}) in it or below it")
-    return read_images(Image.open, paths, size)
+    """Every image file below folder, in the order of their paths; of folders linked twice, the first."""
+
+    def fail(error):
+        raise UserError(f"--data-dir {folder}: {error}")
+
+    refuse(not os.path.isdir(folder), f"--data-dir {folder}: no such folder")
+    endings, seen, paths = torchvision.datasets.folder.IMG_EXTENSIONS, set(), []
+    for here, below, files in os.walk(folder, onerror=fail, followlinks=True):
+        below.sort()
+        if (real := os.path.realpath(here)) in seen:
+            below.clear()  # a link that leads back, maybe in a circle
+        else:
+            seen.add(real)
+            paths += [Path(here, name) for name in files if name.lower().endswith(endings)]
+    refuse(not paths, f"--data-dir {folder}: no images ({' '.join(endings)}) in it or below it")
+    return read_images(open_file, sorted(paths), size)
 
 
 def load_dataset(name, data_dir, size):
@@ -666,7 +719,7 @@ def load_dataset(name, data_dir, size):
     folder sorted by class is held out evenly. digits are the same for every --seed: runs can be compared.
     """
     if name in ("digits", "folder"):
-        images = render_digits(10_240, size)[0] if name == "digits" else read_folder(Path(data_dir), size)
+        images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
         held_out = max(256, len(images) // 20)
         if len(images) <= held_out:
             raise UserError(f"--data-dir {data_dir}: {len(images)} images, 256 of them held out, are too few")
@@ -817,18 +870,26 @@ class FrechetDistance:
 
 
 def write_whole(path, write):
-    """write(temporary path), then rename: path holds the old content or the new, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    """write(temporary path), then rename: path holds the old content or the new, never half of it. OSError."""
+    temporary = path.with_name("new-" + path.name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # so that this holds when the power fails, too
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+        problem = f"{path} could not be written and is as it was ({one_line(error)})"
+        raise OSError(f"{problem}: is the disk full?") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_grid(images, path):
     """A PNG of at most 64 images in [-1, 1], eight in a row, small ones enlarged."""
     images = F.interpolate(images[:64].float().cpu(), scale_factor=max(1, 64 // images.shape[-1]))
     pixels = make_grid(images, 8, normalize=True, value_range=(-1, 1), pad_value=0.5)
-    picture = to_pil_image(pixels)
-    write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
+    write_whole(path, to_pil_image(pixels).save)
 
 
 def save_timesteps(drawn, steps, path):
@@ -855,7 +916,7 @@ def save_timesteps(drawn, steps, path):
         draw.text((x, 365), text, "black", font, anchor="mt")
     for value in (0, 1, 2, 3, 4):
         draw.text((660, 350 - 310 * value / 4), f"{value}x", "black", font, anchor="lm")
-    write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
+    write_whole(path, picture.save)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -863,6 +924,7 @@ def save_timesteps(drawn, steps, path):
 # ---------------------------------------------------------------------------------------------------------
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
+PATIENCE = 10  # losses in a row that are not finite
 COLUMNS = 50  # of the picture of the timesteps
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 MODEL = ("width", "mults", "num_blocks", "attention", "dropout", "image_size", "patch")
@@ -914,30 +976,48 @@ def make_autocast(args):
     return functools.partial(torch.autocast, device.type, dtype, enabled=enabled), amp == "fp16"
 
 
-def new_folder(out, default):
-    """Make and return the folder out, which must be new or empty; without one default, default-2 ..."""
+def new_folder(out, default, first):
+    """Make the folder out, which must be new or empty, or default, default-2 ...; claim it by its first file."""
     try:
         if out:
             os.makedirs(out, exist_ok=True)
-            return Path(out)
-        for number in itertools.count(1):
-            path = default if number == 1 else default.with_name(f"{default.name}-{number}")
-            with contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True)
-                return path
+            path = Path(out)
+        else:
+            for number in itertools.count(1):
+                path = default if number == 1 else default.with_name(f"{default.name}-{number}")
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir(parents=True)
+                    break
+        open(path / first, "x").close()
+        return path
     except OSError as error:
         raise UserError(f"no folder for the results ({error}): name another with --out") from error
 
 
-def start_run(args, identity):
-    """The run's new folder with its config.json, with what identity adds to it, and an empty metrics.csv."""
+def default_folder(args):
+    """runs/ and what tells the run apart."""
     weighting = [] if args.weighting == "auto" else [args.weighting]
-    name = "-".join([args.dataset, args.strategy, *weighting, *["momentum-decay"] * args.momentum_decay])
-    folder = new_folder(args.out, Path("runs") / name)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    (folder / "config.json").write_text(json.dumps(vars(args) | identity | versions, indent=2) + "\n")
-    (folder / "metrics.csv").write_text(",".join(METRICS) + "\n")
-    return folder
+    momentum_decay = ["momentum-decay"] * args.momentum_decay
+    return Path("runs") / "-".join([args.dataset, args.strategy, *weighting, *momentum_decay])
+
+
+def refuse_full_disk(args):
+    """UserError where the run's folder would have no room for its checkpoints, the old one and the new."""
+    with torch.device("meta"):  # counts the weights of a model of any size and allocates none
+        weights = sum(
+            p.numel() for p in UNet(3, **{name: getattr(args, name) for name in MODEL}).parameters()
+        )
+    place = Path(args.out or "runs").absolute()
+    while not place.is_dir():
+        place = place.parent
+    need, free = (
+        2 * 16 * weights,
+        shutil.disk_usage(place).free,
+    )  # float32: model, EMA and AdamW's two moments
+    refuse(
+        need > free,
+        f"two checkpoints need {need / 1e9:.3g} GB, {place} has {free / 1e9:.3g}: free some, or --out",
+    )
 
 
 def complete_lines(path):
@@ -945,11 +1025,12 @@ def complete_lines(path):
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def drop_rows_after(step, path):
-    """Cut metrics.csv back to the checkpoint: the rows of the steps after it will be written again."""
-    header, *rows = complete_lines(path)
-    kept = [row for row in rows if int(row.split(",")[0]) <= step]
-    write_whole(path, lambda temporary: temporary.write_text(header + "".join(kept)))
+def rows_until(step, path):
+    """The complete rows of metrics.csv up to that step; those after it will come again. UserError: no such file."""
+    try:
+        return [row for row in complete_lines(path)[1:] if int(row.split(",")[0]) <= step]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no metrics.csv of this script ({one_line(error)})") from error
 
 
 def load_checkpoint(path):
@@ -958,12 +1039,13 @@ def load_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        settings = argparse.Namespace(**checkpoint["args"] | {"device": "cpu"})
-        model, _ = build_model(settings, checkpoint["channels"])
-        for weights in (checkpoint["model"], checkpoint["ema"]):
-            model.load_state_dict(weights)
-        missing = {"optimizer", "scaler", "drawn", "step", "seconds"} - set(checkpoint)
-        refuse(missing, "incomplete")
+        with torch.device("meta"):  # only the shapes are compared
+            model = UNet(checkpoint["channels"], **{name: checkpoint["args"][name] for name in MODEL})
+        shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+        for part in ("model", "ema"):
+            found = {name: weight.shape for name, weight in checkpoint[part].items()}
+            refuse(found != shapes, "another model")
+        refuse({"optimizer", "scaler", "step", *Training.COUNTS} - set(checkpoint), "incomplete")
     except Exception as error:  # cut off, of another program, pickled code: each raises its own kind
         reason = type(error).__name__
         raise UserError(f"{path} is cut off or no checkpoint of this script ({reason})") from error
@@ -981,7 +1063,7 @@ def generate(args):
     model, diffusion = build_model(run, checkpoint["channels"])
     model.load_state_dict(checkpoint["ema"])
     model.eval()
-    folder = new_folder(args.out, Path(args.checkpoint).parent / "generated")
+    folder = new_folder(args.out, Path(args.checkpoint).parent / "generated", "000000.png")
     shape, first, done = (checkpoint["channels"], run.image_size, run.image_size), [], 0
     options = args, args.seed, "generating", args.batch_size or 256
     with autocast():
@@ -994,7 +1076,7 @@ def generate(args):
 
 
 def open_distance(args, images, folder=None):
-    """(the FrechetDistance args ask for, or None; which data and features figures were taken with).
+    """The FrechetDistance that args ask for, or None; tells args which data and features the figures are taken with.
 
     UserError if the run in folder, to be resumed, had others.
     """
@@ -1006,137 +1088,255 @@ def open_distance(args, images, folder=None):
         identity["features"] = distance.name
         if args.fid_features:
             identity["features"] += f", crc32 {zlib.crc32(Path(args.fid_features).read_bytes()):08x}"
-    before = json.loads((folder / "config.json").read_text()) if folder else {}
     for name, value in identity.items():
-        was = before.get(name, value)
+        was = getattr(args, name, value)
         refuse(was != value, f"--resume {folder}: its {name} were {was}, now they are {value}")
-    return distance, identity
+        setattr(args, name, value)
+    return distance
 
 
-def train(args, folder=None, checkpoint=None):
-    """Train as args say: from the beginning into a new folder, or on from a checkpoint in its own."""
-    device = torch.device(args.device)
-    autocast, fp16 = make_autocast(args)
-    images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
-    count, channels, *size = images.shape
-    if args.batch_size > count:
-        raise UserError(f"--batch-size {args.batch_size} is more than the {count} training images")
-    if checkpoint and channels != checkpoint["channels"]:
-        raise UserError(f"{args.data_dir} has {channels} channels, the run {checkpoint['channels']}")
-    distance, identity = open_distance(args, images, folder)
-    images, held_out = images.to(device), held_out.to(device)
+class Signals:
+    """with Signals() as signals: SIGINT and SIGTERM only set `received`, so that a step can be finished.
 
-    torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
-    model, diffusion = build_model(args, channels)
-    sampler, raw_weights = build_strategy(args, diffusion.alphas_cumprod, channels)
-    adaptive = args.strategy == "adaptive"
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-    drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    parts |= {"sampler": sampler} if adaptive else {}
-    start, seconds = 0, 0.0
-    if checkpoint:
-        start, seconds = checkpoint["step"], checkpoint["seconds"]
-        drawn.copy_(checkpoint["drawn"])
-        for name, part in parts.items():
-            if checkpoint[name]:  # a scaler that was off has no state
-                part.load_state_dict(checkpoint[name])
-        drop_rows_after(start, folder / "metrics.csv")
-    else:
-        folder = start_run(args, identity)
-    if distance:
-        np.savez(folder / "fid_reference.npz", mu=distance.reference[0], sigma=distance.reference[1])
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on and {len(held_out)} held out")
-    print(f"U-Net of {millions:.2f}M parameters on {device}, steps {start} to {args.steps}")
+    Where `at_once` is set they raise KeyboardInterrupt; a second one ends the process in any case.
+    """
 
-    def ema_predict(x_t, t):
-        with autocast():
-            return ema(x_t, t)
+    def __enter__(self):
+        self.received, self.at_once = None, False
+        self.before = {
+            number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
 
-    per_epoch = count // args.batch_size
-    loss_sum, logged = torch.zeros((), device=device), start
-    bar = tqdm(desc=args.strategy, total=args.steps, initial=start, unit="img", unit_scale=args.batch_size)
-    clock = time.perf_counter()
-    for step in range(start, args.steps):
-        # All randomness follows from the seed and the step: a resumed run draws what the unbroken one would,
-        # and every strategy sees the same images, flips and noise, because these come before its own draw.
-        epoch, batch = divmod(step, per_epoch)
-        if batch == 0 or step == start:
+    def receive(self, number, frame):
+        self.received = number
+        for number in self.before:
+            signal.signal(number, signal.SIG_DFL)
+        if self.at_once:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Training:
+    """A run: all that its checkpoint holds, and one step.
+
+    All randomness of a step follows from the seed and the step: a resumed run draws what the unbroken one would,
+    and every strategy sees the same images, flips and noise, because these come before its own draw.
+    """
+
+    COUNTS = ("seconds", "drawn", "losses", "skipped")
+
+    def __init__(self, args, images):
+        """images: uint8 [N, C, H, W], on the device."""
+        self.args, self.images, self.order, device = args, images, None, images.device
+        self.autocast, self.fp16 = make_autocast(args)
+        torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
+        self.model, self.diffusion = build_model(args, images.shape[1])
+        self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, images.shape[1])
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+        # Off fp16 its scale stays 1: there it only skips the updates that are not finite, on the device.
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=65_536.0 if self.fp16 else 1.0)
+        self.step, self.seconds = 0, 0.0
+        self.drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
+        self.losses = torch.zeros(LOG_EVERY + PATIENCE, device=device)  # the last ones, step by step
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.parts = {name: getattr(self, name) for name in ("model", "ema", "optimizer", "scaler")}
+        self.parts |= {"sampler": self.sampler} if args.strategy == "adaptive" else {}
+
+    def state_dict(self):
+        state = {"args": vars(self.args), "channels": self.images.shape[1], "step": self.step}
+        state |= {name: getattr(self, name) for name in self.COUNTS}
+        return state | {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state):
+        self.step, self.seconds = state["step"], state["seconds"]
+        for name in ("drawn", "losses", "skipped"):
+            getattr(self, name).copy_(state[name])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+    def batch(self):
+        """The next images, float [B, C, H, W]: every epoch in its own order, its incomplete last batch left out."""
+        args, device = self.args, self.images.device
+        epoch, batch = divmod(self.step, len(self.images) // args.batch_size)
+        if batch == 0 or self.order is None:
             shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            order = torch.randperm(count, generator=shuffle).to(device)
-        torch.manual_seed(args.seed * 1_000_003 + 2 * step)
-        x0 = to_float(images[order[batch * args.batch_size : (batch + 1) * args.batch_size]])
+            self.order = torch.randperm(len(self.images), generator=shuffle).to(device)
+        x0 = to_float(self.images[self.order[batch * args.batch_size : (batch + 1) * args.batch_size]])
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
+        return x0
+
+    def train_step(self):
+        args, step, model, sampler = self.args, self.step, self.model, self.sampler
+        adaptive = args.strategy == "adaptive"
+        torch.manual_seed(args.seed * 1_000_003 + 2 * step)
+        x0 = self.batch()
         noise = torch.randn_like(x0)
         t = sampler.sample(x0, step)
-        drawn[step * COLUMNS // args.steps].scatter_add_(0, t, torch.ones_like(t, dtype=torch.int32))
+        self.drawn[step * COLUMNS // args.steps].scatter_add_(0, t, torch.ones_like(t, dtype=torch.int32))
 
         torch.manual_seed(args.seed * 1_000_003 + 2 * step + 1)  # of dropout, whatever the sampler drew
-        with autocast():
-            eps = model(diffusion.q_sample(x0, t, noise), t)
+        with self.autocast():
+            eps = model(self.diffusion.q_sample(x0, t, noise), t)
         mse = (eps.float() - noise).square().flatten(1).mean(1)
-        loss = (normalize_weights(raw_weights, sampler.probs)[t] * mse).mean()
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
+        loss = (normalize_weights(self.raw_weights, sampler.probs)[t] * mse).mean()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
 
         progress = step / args.steps if args.momentum_decay else 0.0
         beta1, lr_scale = momentum_decay(progress, args.beta1)
-        lr = args.lr * lr_scale * min(1.0, (step + 1) / args.warmup)
-        for group in optimizer.param_groups:
-            group["lr"], group["betas"] = lr, (beta1, 0.999)
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * lr_scale * min(1.0, (step + 1) / args.warmup)
+            group["betas"] = beta1, 0.999
         if adaptive:
-            with autocast():
+            with self.autocast():
                 sampler.before_update(model, step)
-        scaler.step(optimizer)
-        scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update(None if self.fp16 else 1.0)
         if adaptive:
-            with autocast():
+            with self.autocast():
                 sampler.after_update(model)
         # The average forgets the random start: its decay grows to the final value over the first steps.
         average = get_ema_multi_avg_fn(min(args.ema_decay, (1 + step) / (10 + step)))
-        average(list(ema.parameters()), list(model.parameters()), None)
-        loss_sum += loss.detach()
-        bar.update()
+        average(list(self.ema.parameters()), list(model.parameters()), None)
+        self.losses[step % len(self.losses)] = loss.detach()
+        self.skipped += ~loss.detach().isfinite()
+        self.step += 1
 
-        done = step + 1
-        measure = done % args.eval_every == 0 or done == args.steps
-        compare = distance and (done % (args.fid_every or args.steps) == 0 or done == args.steps)
-        if not measure and not compare and done % LOG_EVERY:
-            continue
-        mean_loss = loss_sum.item() / (done - logged)
-        loss_sum, logged = torch.zeros_like(loss_sum), done
-        seconds += time.perf_counter() - clock  # of training alone: what follows is not counted
-        bar.set_postfix(loss=f"{mean_loss:.4f}")
-        row = dict(zip(METRICS, (done, done * args.batch_size, seconds, mean_loss, lr, beta1)))
-        if measure:
-            row["val_mse"], row["val_vlb"] = evaluate(ema_predict, diffusion, held_out)
-            settings = ema_predict, diffusion, 64, (channels, *size), args, 0, "samples"
-            save_grid(torch.cat(list(draw_samples(*settings))), folder / "samples.png")
-            save_timesteps(drawn, args.steps, folder / "timesteps.png")
-        if compare:
-            settings = ema_predict, diffusion, args.fid_samples, (channels, *size), args, 0, distance.name
-            try:
-                row["fid"] = distance(map(to_uint8, draw_samples(*settings)))
-            except Exception as error:  # noqa: BLE001, whatever it is costs the figure, not the run
-                tqdm.write(f"{distance.name} could not be measured at step {done}: {one_line(error)}")
-        with open(folder / "metrics.csv", "a") as file:
-            cells = (row.get(name, "") for name in METRICS)
-            file.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n")
-        if measure:  # after the row: a resumed run drops the rows its checkpoint does not know
-            state = {"args": vars(args), "channels": channels, "step": done, "seconds": seconds}
-            state |= {"drawn": drawn} | {name: part.state_dict() for name, part in parts.items()}
-            write_whole(folder / "checkpoint.pt", functools.partial(torch.save, state))
-        clock = time.perf_counter()
-    bar.close()
+    def mean_loss_since(self, logged):
+        """The mean of the finite losses since that step, at most LOG_EVERY ago; waits for the device.
+
+        FloatingPointError after PATIENCE losses in a row that are not finite. Their updates were skipped.
+        """
+        first = max(0, self.step - len(self.losses))
+        losses = self.losses.roll(-first).tolist()[: self.step - first]
+        finite, in_a_row = [math.isfinite(loss) for loss in losses], 0
+        for step, fine in enumerate(finite, first + 1):
+            in_a_row = 0 if fine else in_a_row + 1
+            if in_a_row == PATIENCE:
+                advice = "fp16 overflows, take --amp bf16 or off" if self.fp16 else "take a lower --lr"
+                raise FloatingPointError(f"step {step}: {PATIENCE} losses in a row were not finite: {advice}")
+        recent = [loss for loss, fine in list(zip(losses, finite))[max(0, logged - first) :] if fine]
+        return sum(recent) / len(recent) if recent else math.nan
+
+    def predict(self, x_t, t):
+        """The EMA model's epsilon."""
+        with self.autocast():
+            return self.ema(x_t, t)
+
+
+def measure(run, folder, held_out, distance):
+    """Figures of the EMA model for a row of metrics.csv: on held_out, with new pictures, and distance; None: not due."""
+    figures, args = {}, run.args
+    draw = functools.partial(
+        draw_samples, run.predict, run.diffusion, shape=run.images.shape[1:], args=args, seed=0
+    )
+    if held_out is not None:
+        figures["val_mse"], figures["val_vlb"] = evaluate(run.predict, run.diffusion, held_out)
+        save_grid(torch.cat(list(draw(64, title="samples"))), folder / "samples.png")
+        save_timesteps(run.drawn, args.steps, folder / "timesteps.png")
+    if distance:
+        try:
+            figures["fid"] = distance(map(to_uint8, draw(args.fid_samples, title=distance.name)))
+        except Exception as error:  # noqa: BLE001, whatever it is costs the figure, not the run
+            tqdm.write(f"{distance.name} could not be measured at step {run.step}: {one_line(error)}")
+    return figures
+
+
+def train(args, folder=None, checkpoint=None, rows=()):
+    """Train as args say: from the beginning into a new folder, or on from a checkpoint and its rows in its own."""
+    if not checkpoint:
+        refuse_full_disk(args)
+    images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
+    count, channels, *size = images.shape
+    refuse(
+        args.batch_size > count, f"--batch-size {args.batch_size} is more than the {count} training images"
+    )
+    if checkpoint and channels != checkpoint["channels"]:
+        raise UserError(f"{args.data_dir} has {channels} channels, the run {checkpoint['channels']}")
+    distance = open_distance(args, images, folder)
+    held_out = held_out.to(args.device)
+    run, logged, saved = Training(args, images.to(args.device)), 0, None
+    if checkpoint:
+        run.load_state_dict(checkpoint)
+        logged, saved = int(rows[-1].split(",")[0]) if rows else 0, run.step
+    else:
+        folder = new_folder(args.out, default_folder(args), "config.json")
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+    config, table = json.dumps(vars(args) | versions, indent=2), ",".join(METRICS) + "\n" + "".join(rows)
+    write_whole(folder / "config.json", lambda path: path.write_text(config + "\n"))
+    write_whole(folder / "metrics.csv", lambda path: path.write_text(table))
+    if distance:
+        mu, sigma = distance.reference
+        write_whole(folder / "fid_reference.npz", lambda path: np.savez(path, mu=mu, sigma=sigma))
+    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+    print(f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on and {len(held_out)} held out")
+    print(f"U-Net of {millions:.2f}M parameters on {args.device}, steps {run.step} to {args.steps}")
+
+    bar = tqdm(desc=args.strategy, total=args.steps, initial=run.step, unit="img", unit_scale=args.batch_size)
+    signals, clock = Signals(), time.perf_counter()
+    try:
+        with bar, signals:
+            while True:
+                # What is due after so many steps. The checkpoint comes before all that takes long, and a resumed
+                # run measures what its metrics.csv lacks, so that nothing is lost wherever a run ends.
+                step, last = run.step, run.step == args.steps
+                evaluated = step % args.eval_every == 0 or last
+                compared = distance and (step % (args.fid_every or args.steps) == 0 or last)
+                logged_now = evaluated or compared or step % LOG_EVERY == 0
+                save = evaluated or compared or step % args.checkpoint_every == 0 or signals.received
+                if logged_now or save:
+                    mean_loss = run.mean_loss_since(logged)
+                    run.seconds += time.perf_counter() - clock  # of training alone
+                    if save and step != saved:
+                        write_whole(folder / "checkpoint.pt", functools.partial(torch.save, run.state_dict()))
+                        saved = step
+                    if signals.received:
+                        raise KeyboardInterrupt
+                    if logged_now and step > logged:
+                        signals.at_once = True
+                        group = run.optimizer.param_groups[0]
+                        row = (
+                            step,
+                            step * args.batch_size,
+                            run.seconds,
+                            mean_loss,
+                            group["lr"],
+                            group["betas"][0],
+                        )
+                        row = dict(zip(METRICS, row))
+                        row |= measure(
+                            run, folder, held_out if evaluated else None, distance if compared else None
+                        )
+                        cells = (row.get(name, "") for name in METRICS)
+                        with open(folder / "metrics.csv", "a") as file:
+                            file.write(
+                                ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n"
+                            )
+                        bar.set_postfix(loss=f"{mean_loss:.4f}")
+                        signals.at_once, logged = False, step
+                    clock = time.perf_counter()
+                if last:
+                    break
+                run.train_step()
+                bar.update()
+    except KeyboardInterrupt as stop:
+        number = signals.received or signal.SIGINT
+        raise KeyboardInterrupt(
+            number, f"the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
+        ) from stop
     figures = f"val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits per dimension"
     figures += f", {distance.name} {row['fid']:.4g}" if "fid" in row else ""
-    print(f"{seconds:.0f} s of training: {figures}")
+    print(f"{run.seconds:.0f} s of training: {figures}")
+    if run.skipped:
+        print(f"{run.skipped} updates were skipped: their loss was not finite")
     print(f"samples and all else in {folder}")
 
 
@@ -1259,7 +1459,7 @@ def report(folders, out):
     pictures = {"methods.png": functools.partial(draw_methods, runs=runs)}
     if any(map(curve, runs)):
         pictures["curves.png"] = functools.partial(draw_curves, groups=groups, fid=fid)
-    folder = new_folder(out, Path("runs") / "report")
+    folder = new_folder(out, Path("runs") / "report", "methods.png")
     for name, draw in pictures.items():
         figure = Figure((12, 6), dpi=100, layout="constrained")
         draw(figure)
@@ -1356,7 +1556,7 @@ DATASETS = {
 }
 # fmt: on
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
-PLACES = {"device", "data_dir", "fid_features"}  # what --resume may find elsewhere
+CHANGEABLE = {"device", "data_dir", "fid_features", "amp", "lr", "grad_clip"}  # beside --resume
 WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
 
 
@@ -1451,6 +1651,7 @@ def make_parser():
     add("--grad-clip", real("(0, 1e6]"), "largest gradient norm", 1.0)
     add("--seed", whole("[0, 2147483647]"), "of model, order, noise and timesteps, not of the digits", 0)
     add("--eval-every", count, "steps between measurements, samples and checkpoints")
+    add("--checkpoint-every", count, "steps between further checkpoints (default: --eval-every)")
     add("--device", str, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--amp", ("auto", "off", "bf16", "fp16"), "auto: bf16 or fp16 on a GPU, off on a CPU", "auto")
 
@@ -1500,7 +1701,7 @@ def parse_args(argv):
         others = ", ".join("--" + name.replace("_", "-") for name in sorted(given - allowed - {flag}))
         refuse(flag in given and others, f"--{flag} {why}: drop {others}")
 
-    refuse_beside("resume", PLACES, "goes on with the run's own settings")
+    refuse_beside("resume", CHANGEABLE, "goes on with the run's own settings")
     sampling = {"checkpoint", "out", "method", "sampling_steps", "eta", "seed", "batch_size", "device", "amp"}
     refuse_beside("generate", sampling, "trains nothing")
     refuse_beside("report", {"out"}, "trains nothing")
@@ -1520,6 +1721,7 @@ def parse_args(argv):
     for name, value in zip(PER_DATASET, DATASETS[args.dataset]):
         if name not in given:
             setattr(args, name, value)
+    args.checkpoint_every = args.checkpoint_every or args.eval_every
     T, probed = args.timesteps, min(args.timesteps, args.adaptive_probe)
     refuse(args.dataset == "folder" and "data_dir" not in given, "--dataset folder needs --data-dir FOLDER")
     refuse(args.speed_tau and args.speed_tau > T, f"--speed-tau {args.speed_tau} must lie in 1..{T}")
@@ -1544,7 +1746,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    """Exit status: 0; 2 for what the user can mend, 1 for what the disk refused, 130 after Ctrl-C."""
+    """Exit status: 0; 2 for what the user can mend; 1 for a failing disk or a diverging run; 128 + signal."""
     try:
         args, given = parse_args(argv)
         if args.report:
@@ -1554,23 +1756,26 @@ def main(argv=None):
         elif args.resume is not None:
             folder = Path(args.resume)
             checkpoint = load_checkpoint(folder / "checkpoint.pt")
-            elsewhere = {name: vars(args)[name] for name in given & PLACES}
-            settings = vars(make_parser().parse_args([])) | checkpoint["args"] | elsewhere
+            rows = rows_until(checkpoint["step"], folder / "metrics.csv")
+            changed = {name: vars(args)[name] for name in given & CHANGEABLE}
+            settings = vars(make_parser().parse_args([])) | checkpoint["args"] | changed
             settings["device"] = usable_device(settings["device"], settings["amp"])
             steps = settings["steps"]
-            refuse(checkpoint["step"] >= steps, f"{folder} has done all of its {steps} steps")
-            train(argparse.Namespace(**settings), folder, checkpoint)
+            finished = rows and rows[-1].startswith(f"{steps},")
+            refuse(finished, f"--resume {folder}: has done all of its {steps} steps")
+            train(argparse.Namespace(**settings), folder, checkpoint, rows)
         else:
             train(args)
     except UserError as error:
         print(f"speedup_diffusion.py: error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # such as a folder taken away
+    except (OSError, FloatingPointError) as error:  # such as a full disk
         print(f"speedup_diffusion.py: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\nstopped: a run that has a checkpoint.pt goes on with --resume RUN", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number, kept = stop.args or (signal.SIGINT, "nothing trained yet")
+        print(f"\nstopped with {kept}", file=sys.stderr)
+        return 128 + number
     return 0
 
 
