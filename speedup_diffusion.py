@@ -347,7 +347,12 @@ class AdaptiveSampler:
 
     @torch.no_grad()
     def sample(self, x0, step):
-        u = torch.distributions.Beta(*self.concentrations(x0), validate_args=False).sample()
+        # u = A / (A + B) with A ~ Gamma(a), B ~ Gamma(b), in logarithms: below 0.1 the draws themselves underflow
+        # and torch's Beta returns 1/2. A Gamma(c) draw is a Gamma(c + 1) draw times U^(1/c).
+        c = torch.stack(self.concentrations(x0))
+        draw = torch.distributions.Gamma(c + 1, torch.ones_like(c), validate_args=False).sample()
+        log_a, log_b = draw.log() + torch.rand_like(c).log() / c
+        u = torch.sigmoid(log_a - log_b)
         u = torch.where(torch.rand_like(u) < self.floor, torch.rand_like(u), u)
         self._drawn = x0, u.clamp(1e-6, 1 - 1e-6)  # log p(u) is infinite at 0 and 1
         return (u * (len(self.probs) - 1)).round().long()
@@ -977,7 +982,7 @@ def make_autocast(args):
 
 
 def new_folder(out, default, first):
-    """Make the folder out, which must be new or empty, or default, default-2 ...; claim it by its first file."""
+    """Make the folder out, new or empty, or default, default-2 ...; it belongs to who first makes `first` in it."""
     try:
         if out:
             os.makedirs(out, exist_ok=True)
@@ -1004,20 +1009,14 @@ def default_folder(args):
 def refuse_full_disk(args):
     """UserError where the run's folder would have no room for its checkpoints, the old one and the new."""
     with torch.device("meta"):  # counts the weights of a model of any size and allocates none
-        weights = sum(
-            p.numel() for p in UNet(3, **{name: getattr(args, name) for name in MODEL}).parameters()
-        )
-    place = Path(args.out or "runs").absolute()
-    while not place.is_dir():
-        place = place.parent
-    need, free = (
-        2 * 16 * weights,
-        shutil.disk_usage(place).free,
-    )  # float32: model, EMA and AdamW's two moments
-    refuse(
-        need > free,
-        f"two checkpoints need {need / 1e9:.3g} GB, {place} has {free / 1e9:.3g}: free some, or --out",
-    )
+        model = UNet(3, **{name: getattr(args, name) for name in MODEL})
+    place = os.path.abspath(args.out or "runs")
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    need = 2 * 16 * sum(p.numel() for p in model.parameters())  # float32: model, EMA, AdamW's two moments
+    free = shutil.disk_usage(place).free
+    advice = "free some, name another with --out, or take a smaller --width"
+    refuse(need > free, f"{place} has {free / 1e9:.3g} GB, two checkpoints take {need / 1e9:.3g}: {advice}")
 
 
 def complete_lines(path):
@@ -1026,7 +1025,7 @@ def complete_lines(path):
 
 
 def rows_until(step, path):
-    """The complete rows of metrics.csv up to that step; those after it will come again. UserError: no such file."""
+    """The complete rows of metrics.csv up to that step: those after it will come again. UserError: no file."""
     try:
         return [row for row in complete_lines(path)[1:] if int(row.split(",")[0]) <= step]
     except (OSError, ValueError) as error:
@@ -1035,8 +1034,7 @@ def rows_until(step, path):
 
 def load_checkpoint(path):
     """A checkpoint of this script, a dict, its tensors on the CPU. UserError when it is anything else."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+    refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):  # only the shapes are compared
@@ -1076,7 +1074,7 @@ def generate(args):
 
 
 def open_distance(args, images, folder=None):
-    """The FrechetDistance that args ask for, or None; tells args which data and features the figures are taken with.
+    """The FrechetDistance that args ask for, or None. Adds to args which data and features it measures with.
 
     UserError if the run in folder, to be resumed, had others.
     """
@@ -1103,15 +1101,17 @@ class Signals:
 
     def __enter__(self):
         self.received, self.at_once = None, False
-        self.before = {
-            number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = signal.SIGINT, signal.SIGTERM
+        heard = [
+            number for number in numbers if signal.getsignal(number) != signal.SIG_IGN
+        ]  # as nohup sets it
+        self.before = {number: signal.signal(number, self.receive) for number in heard}
         return self
 
     def receive(self, number, frame):
         self.received = number
-        for number in self.before:
-            signal.signal(number, signal.SIG_DFL)
+        for either in self.before:
+            signal.signal(either, signal.SIG_DFL)
         if self.at_once:
             raise KeyboardInterrupt
 
@@ -1123,8 +1123,8 @@ class Signals:
 class Training:
     """A run: all that its checkpoint holds, and one step.
 
-    All randomness of a step follows from the seed and the step: a resumed run draws what the unbroken one would,
-    and every strategy sees the same images, flips and noise, because these come before its own draw.
+    All randomness of a step follows from the seed and the step, so a checkpoint needs no generator: a resumed run
+    draws what the unbroken one would. Every strategy sees the same images, flips and noise: they are drawn first.
     """
 
     COUNTS = ("seconds", "drawn", "losses", "skipped")
@@ -1160,7 +1160,7 @@ class Training:
             part.load_state_dict(state[name])
 
     def batch(self):
-        """The next images, float [B, C, H, W]: every epoch in its own order, its incomplete last batch left out."""
+        """The next images, float [B, C, H, W]: each epoch in its own order, without an incomplete last batch."""
         args, device = self.args, self.images.device
         epoch, batch = divmod(self.step, len(self.images) // args.batch_size)
         if batch == 0 or self.order is None:
@@ -1232,26 +1232,74 @@ class Training:
             return self.ema(x_t, t)
 
 
-def measure(run, folder, held_out, distance):
-    """Figures of the EMA model for a row of metrics.csv: on held_out, with new pictures, and distance; None: not due."""
-    figures, args = {}, run.args
-    draw = functools.partial(
-        draw_samples, run.predict, run.diffusion, shape=run.images.shape[1:], args=args, seed=0
-    )
+def write_row(run, folder, mean_loss, held_out, distance):
+    """Append a row to metrics.csv and return it as a dict.
+
+    With held_out it has the EMA model's figures on these, and the pictures are drawn anew; with distance, its FID.
+    """
+    args, group = run.args, run.optimizer.param_groups[0]
+    row = run.step, run.step * args.batch_size, run.seconds, mean_loss, group["lr"], group["betas"][0]
+    row = dict(zip(METRICS, row))
+    options = {"shape": run.images.shape[1:], "args": args, "seed": 0}
+    draw = functools.partial(draw_samples, run.predict, run.diffusion, **options)
     if held_out is not None:
-        figures["val_mse"], figures["val_vlb"] = evaluate(run.predict, run.diffusion, held_out)
+        row["val_mse"], row["val_vlb"] = evaluate(run.predict, run.diffusion, held_out)
         save_grid(torch.cat(list(draw(64, title="samples"))), folder / "samples.png")
         save_timesteps(run.drawn, args.steps, folder / "timesteps.png")
     if distance:
         try:
-            figures["fid"] = distance(map(to_uint8, draw(args.fid_samples, title=distance.name)))
+            row["fid"] = distance(map(to_uint8, draw(args.fid_samples, title=distance.name)))
         except Exception as error:  # noqa: BLE001, whatever it is costs the figure, not the run
             tqdm.write(f"{distance.name} could not be measured at step {run.step}: {one_line(error)}")
-    return figures
+    cells = (row.get(name, "") for name in METRICS)
+    with open(folder / "metrics.csv", "a") as file:
+        file.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n")
+    return row
+
+
+def loop(run, folder, held_out, distance, logged):
+    """Train to the end, with a checkpoint, a row and pictures when they are due; returns the last row.
+
+    logged: the last step with a row. KeyboardInterrupt(signal, what is kept) when it was stopped.
+    """
+    args, saved, clock = run.args, run.step or None, time.perf_counter()
+    bar = tqdm(desc=args.strategy, total=args.steps, initial=run.step, unit="img", unit_scale=args.batch_size)
+    with bar, Signals() as signals:
+        try:
+            while True:
+                # The checkpoint comes before what takes long, and a resumed run measures what its metrics.csv
+                # lacks: nothing is lost wherever a run ends.
+                step, last = run.step, run.step == args.steps
+                evaluates = last or step % args.eval_every == 0
+                compares = distance and (last or step % (args.fid_every or args.steps) == 0)
+                logs = evaluates or compares or step % LOG_EVERY == 0
+                saves = evaluates or compares or step % args.checkpoint_every == 0 or signals.received
+                if logs or saves:
+                    mean_loss = run.mean_loss_since(logged)
+                    run.seconds += time.perf_counter() - clock  # of training alone
+                    if saves and step != saved:
+                        write_whole(folder / "checkpoint.pt", functools.partial(torch.save, run.state_dict()))
+                        saved = step
+                    if signals.received and saved == step:
+                        raise KeyboardInterrupt
+                    if logs and step > logged:
+                        signals.at_once = saved == step
+                        due = held_out if evaluates else None, distance if compares else None
+                        row, logged = write_row(run, folder, mean_loss, *due), step
+                        signals.at_once = False
+                        bar.set_postfix(loss=f"{mean_loss:.4f}")
+                    clock = time.perf_counter()
+                if last:
+                    return row
+                run.train_step()
+                bar.update()
+        except KeyboardInterrupt as stop:
+            kept = f"the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
+            raise KeyboardInterrupt(signals.received or signal.SIGINT, kept) from stop
 
 
 def train(args, folder=None, checkpoint=None, rows=()):
-    """Train as args say: from the beginning into a new folder, or on from a checkpoint and its rows in its own."""
+    """Train as args say: from the start into a new folder, or on from a checkpoint and its rows in its own."""
     if not checkpoint:
         refuse_full_disk(args)
     images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
@@ -1263,10 +1311,9 @@ def train(args, folder=None, checkpoint=None, rows=()):
         raise UserError(f"{args.data_dir} has {channels} channels, the run {checkpoint['channels']}")
     distance = open_distance(args, images, folder)
     held_out = held_out.to(args.device)
-    run, logged, saved = Training(args, images.to(args.device)), 0, None
+    run, logged = Training(args, images.to(args.device)), int(rows[-1].split(",")[0]) if rows else 0
     if checkpoint:
         run.load_state_dict(checkpoint)
-        logged, saved = int(rows[-1].split(",")[0]) if rows else 0, run.step
     else:
         folder = new_folder(args.out, default_folder(args), "config.json")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
@@ -1280,58 +1327,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
     print(f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on and {len(held_out)} held out")
     print(f"U-Net of {millions:.2f}M parameters on {args.device}, steps {run.step} to {args.steps}")
 
-    bar = tqdm(desc=args.strategy, total=args.steps, initial=run.step, unit="img", unit_scale=args.batch_size)
-    signals, clock = Signals(), time.perf_counter()
-    try:
-        with bar, signals:
-            while True:
-                # What is due after so many steps. The checkpoint comes before all that takes long, and a resumed
-                # run measures what its metrics.csv lacks, so that nothing is lost wherever a run ends.
-                step, last = run.step, run.step == args.steps
-                evaluated = step % args.eval_every == 0 or last
-                compared = distance and (step % (args.fid_every or args.steps) == 0 or last)
-                logged_now = evaluated or compared or step % LOG_EVERY == 0
-                save = evaluated or compared or step % args.checkpoint_every == 0 or signals.received
-                if logged_now or save:
-                    mean_loss = run.mean_loss_since(logged)
-                    run.seconds += time.perf_counter() - clock  # of training alone
-                    if save and step != saved:
-                        write_whole(folder / "checkpoint.pt", functools.partial(torch.save, run.state_dict()))
-                        saved = step
-                    if signals.received:
-                        raise KeyboardInterrupt
-                    if logged_now and step > logged:
-                        signals.at_once = True
-                        group = run.optimizer.param_groups[0]
-                        row = (
-                            step,
-                            step * args.batch_size,
-                            run.seconds,
-                            mean_loss,
-                            group["lr"],
-                            group["betas"][0],
-                        )
-                        row = dict(zip(METRICS, row))
-                        row |= measure(
-                            run, folder, held_out if evaluated else None, distance if compared else None
-                        )
-                        cells = (row.get(name, "") for name in METRICS)
-                        with open(folder / "metrics.csv", "a") as file:
-                            file.write(
-                                ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n"
-                            )
-                        bar.set_postfix(loss=f"{mean_loss:.4f}")
-                        signals.at_once, logged = False, step
-                    clock = time.perf_counter()
-                if last:
-                    break
-                run.train_step()
-                bar.update()
-    except KeyboardInterrupt as stop:
-        number = signals.received or signal.SIGINT
-        raise KeyboardInterrupt(
-            number, f"the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
-        ) from stop
+    row = loop(run, folder, held_out, distance, logged)
     figures = f"val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits per dimension"
     figures += f", {distance.name} {row['fid']:.4g}" if "fid" in row else ""
     print(f"{run.seconds:.0f} s of training: {figures}")
@@ -1345,7 +1341,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
 # ---------------------------------------------------------------------------------------------------------
 
 # What may differ between the runs of one row, and what must not differ between figures that are compared.
-FREE = {"seed", "out", "data_dir", "eval_every", "python", "torch"}
+FREE = {"seed", "out", "data_dir", "eval_every", "checkpoint_every", "python", "torch"}
 FREE |= {"features", "fid_features", "fid_samples", "fid_every"}
 FID_SETTINGS = ("features", "fid_samples", "method", "sampling_steps", "eta")
 REPORT = (
@@ -1585,6 +1581,13 @@ def within(kind, interval):
     return parse
 
 
+def name(text):
+    """An argparse type: of a file, a folder or a device."""
+    if not text:
+        raise argparse.ArgumentTypeError("needs a name")
+    return text
+
+
 def make_parser():
     parser = Parser("speedup_diffusion.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     whole, real = functools.partial(within, int), functools.partial(within, float)
@@ -1592,10 +1595,10 @@ def make_parser():
 
     def add_flag(group, flag, kind, help, default=None, **more):
         """kind: a tuple of choices, or what turns text into the value. No default: the data set's, if any."""
-        if (name := flag[2:].replace("-", "_")) in PER_DATASET:
+        if (setting := flag[2:].replace("-", "_")) in PER_DATASET:
             values = {}
             for dataset, row in DATASETS.items():
-                values.setdefault(str(row[PER_DATASET.index(name)]), []).append(dataset)
+                values.setdefault(str(row[PER_DATASET.index(setting)]), []).append(dataset)
             default_text = "; ".join(f"{value} for {', '.join(names)}" for value, names in values.items())
         else:
             default_text = default
@@ -1627,7 +1630,7 @@ def make_parser():
 
     add = group("data")
     add("--dataset", tuple(DATASETS), "digits are rendered here, folder is your own images", "digits")
-    add("--data-dir", str, "where the images are, or are downloaded to", "data")
+    add("--data-dir", name, "where the images are, or are downloaded to", "data")
     add("--image-size", whole("[4, 1024]"), "side of the square images")
     add("--flip", None, "mirror half of the training images", action=argparse.BooleanOptionalAction)
 
@@ -1652,7 +1655,7 @@ def make_parser():
     add("--seed", whole("[0, 2147483647]"), "of model, order, noise and timesteps, not of the digits", 0)
     add("--eval-every", count, "steps between measurements, samples and checkpoints")
     add("--checkpoint-every", count, "steps between further checkpoints (default: --eval-every)")
-    add("--device", str, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
+    add("--device", name, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--amp", ("auto", "off", "bf16", "fp16"), "auto: bf16 or fp16 on a GPU, off on a CPU", "auto")
 
     add = group("sampling")
@@ -1669,20 +1672,20 @@ def make_parser():
     )
     add("--fid-every", count, "and every so many steps", metavar="STEPS")
     features = "TorchScript in place of InceptionV3, images 0..255 to features; it runs code: trust the file"
-    add("--fid-features", str, features, metavar="FILE")
+    add("--fid-features", name, features, metavar="FILE")
 
     add = group("files")
-    add("--out", str, "folder of the results, new or empty (default: runs/<dataset>-<strategy>...)")
-    add("--resume", str, "go on with the run in this folder, with its own settings", metavar="RUN")
+    add("--out", name, "folder of the results, new or empty (default: runs/<dataset>-<strategy>...)")
+    add("--resume", name, "go on with the run in this folder, with its own settings", metavar="RUN")
     add("--generate", count, "write N samples of --checkpoint as PNG files, train nothing", metavar="N")
-    add("--checkpoint", str, "the checkpoint to generate from", metavar="FILE")
-    add("--report", str, "compare runs in a table, the first being the baseline", nargs="+", metavar="RUN")
+    add("--checkpoint", name, "the checkpoint to generate from", metavar="FILE")
+    add("--report", name, "compare runs in a table, the first being the baseline", nargs="+", metavar="RUN")
     return parser
 
 
 def usable_device(name, amp):
     """The device of that name, or the best one where name is None. UserError if this machine lacks it."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     refuse(not re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name}: use cpu, cuda or cuda:N")
     gpus = torch.cuda.device_count()
     refuse(name != "cpu" and int(name[5:] or 0) >= gpus, f"--device {name}: torch sees {gpus} GPUs; use cpu")
@@ -1711,10 +1714,11 @@ def parse_args(argv):
 
     if args.resume is None and not args.report:
         args.device = usable_device(args.device, args.amp)
-    refuse(args.out == "", "--out needs a name")
-    out = Path(args.out or "runs")
-    refuse(out.exists() and not out.is_dir(), f"{out} is a file: name a folder with --out")
-    refuse(args.out and out.is_dir() and any(out.iterdir()), f"--out {out} is not empty: name a new folder")
+    out = args.out or "runs"
+    refuse(os.path.exists(out) and not os.path.isdir(out), f"{out} is a file: name a folder with --out")
+    refuse(
+        args.out and os.path.isdir(out) and os.listdir(out), f"--out {out} is not empty: name a new folder"
+    )
     if args.resume is not None or args.generate or args.report:
         return args, given
 
@@ -1724,6 +1728,8 @@ def parse_args(argv):
     args.checkpoint_every = args.checkpoint_every or args.eval_every
     T, probed = args.timesteps, min(args.timesteps, args.adaptive_probe)
     refuse(args.dataset == "folder" and "data_dir" not in given, "--dataset folder needs --data-dir FOLDER")
+    too_large = args.dataset == "digits" and args.image_size > 128
+    refuse(too_large, f"--image-size {args.image_size}: the digits are drawn up to 128")
     refuse(args.speed_tau and args.speed_tau > T, f"--speed-tau {args.speed_tau} must lie in 1..{T}")
     change_aware = args.weighting == "change-aware" or (args.strategy, args.weighting) == ("speed", "auto")
     refuse(change_aware and T < 3, "change-aware weights need at least 3 timesteps")
@@ -1731,7 +1737,7 @@ def parse_args(argv):
     refuse(too_many, f"--adaptive-selected {args.adaptive_selected} exceeds the {probed} timesteps probed")
     alone = given & {"fid_every", "fid_features"} and args.fid_samples is None
     refuse(alone, "--fid-every and --fid-features need --fid-samples N")
-    missing = args.fid_features is not None and not Path(args.fid_features).is_file()
+    missing = args.fid_features and not os.path.isfile(args.fid_features)
     refuse(missing, f"--fid-features {args.fid_features}: no such file")
     args.sampling_steps = args.sampling_steps or min(50, T)
     refuse(args.sampling_steps > T, f"--sampling-steps {args.sampling_steps} must lie in 1..{T}")
@@ -1769,6 +1775,12 @@ def main(argv=None):
     except UserError as error:
         print(f"speedup_diffusion.py: error: {error}", file=sys.stderr)
         return 2
+    except torch.cuda.OutOfMemoryError:
+        print(
+            "speedup_diffusion.py: the GPU's memory is too small: lower --batch-size or --width",
+            file=sys.stderr,
+        )
+        return 1
     except (OSError, FloatingPointError) as error:  # such as a full disk
         print(f"speedup_diffusion.py: {error}", file=sys.stderr)
         return 1

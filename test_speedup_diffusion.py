@@ -5,11 +5,17 @@ import contextlib
 import copy
 import csv
 import functools
+import io
 import json
 import math
+import multiprocessing
 import os
+import pickle
+import random
+import resource
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import sys
@@ -327,6 +333,23 @@ def test_adaptive_moves_to_the_rewarded_timesteps(window):
     assert sampler.probs[slice(*window)].sum() > 0.5  # 0.2 at the start
 
 
+@pytest.mark.parametrize("a, b", [(1e5, 1e5), (1e5, 1e-5), (1e-5, 1e5), (1e-5, 1e-5)])
+def test_adaptive_leaves_no_timestep_out_however_sure_its_policy_is(a, b):
+    sampler = sd.AdaptiveSampler(sd.GaussianDiffusion().alphas_cumprod, in_channels=1)
+    raw = torch.tensor([a, b]).clamp(min=1e-9)
+    sampler.policy[-1].bias.data = torch.where(raw > 20, raw, raw.expm1().log())  # the inverse of softplus
+    x0 = images_of(1000)
+    sampler.refresh_probs(x0)
+    inner = sampler.probs[1:-1]
+    assert inner.min() >= 0.01 / 1000 and sampler.probs[[0, -1]].min() >= 0.005 / 1000
+    drawn = torch.cat([sampler.sample(x0, step) for step in range(50)])
+    assert chi_square_p(drawn, sampler.probs) > 1e-4
+    for step in range(3):
+        sampler.sample(x0, step)
+        sampler.update_policy(torch.randn(1000))
+    assert all(p.isfinite().all() for p in sampler.policy.parameters()) and sampler.probs.isfinite().all()
+
+
 class Recorder(nn.Module):
     """eps = scale x_t; remembers what it was asked, and in which mode."""
 
@@ -625,6 +648,90 @@ def test_a_folder_of_any_images_is_read_and_held_out_evenly(image_folder):
     assert len(together.unique(dim=0)) == 300  # nothing is in both
     train_again, _ = sd.load_dataset("folder", image_folder, 8)
     assert torch.equal(train, train_again)
+
+
+def png_of_bytes(pixels, **options):
+    file = io.BytesIO()
+    pixels.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def odd_images(folder):
+    """{file that can be read: its colour}, and {file that cannot: what the refusal says}."""
+    folder.mkdir()
+    size, readable = (8, 8), {}
+
+    def save(name, image, colour, **options):
+        image.save(folder / name, **options)
+        readable[name] = colour
+
+    palette = Image.new("P", size, 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    save("mit Leerzeichen.png", Image.new("RGB", size, (10, 20, 30)), (10, 20, 30))
+    save("画像 é.PNG", Image.new("RGB", size, (1, 2, 3)), (1, 2, 3))
+    save("palette.png", palette, (10, 200, 30))
+    save("clear palette.png", palette, (255, 255, 255), transparency=1)
+    save("cmyk.tiff", Image.new("CMYK", size, (0, 255, 255, 0)), (255, 0, 0))
+    save("alpha.png", Image.new("RGBA", size, (200, 0, 0, 51)), (244, 204, 204))  # 20% red on white
+    save("grey alpha.png", Image.new("LA", size, (100, 0)), (255, 255, 255))
+    save("bits.png", Image.new("1", size, 1), (255, 255, 255))
+    save("16 bit.png", Image.fromarray(np.full(size, 100 * 257, np.uint16)), (100, 100, 100))
+    save("16 bit.tiff", Image.fromarray(np.full(size, 50 * 257, np.uint16)), (50, 50, 50))
+    (folder / "16 bit.pgm").write_bytes(b"P5 8 8 65535\n" + np.full(64, 200 * 257, ">u2").tobytes())
+    readable["16 bit.pgm"] = 200, 200, 200
+    frames = [Image.new("RGB", size, colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    save("animated.png", frames[0], (255, 0, 0), save_all=True, append_images=frames[1:])
+    save("pages.tiff", frames[0], (255, 0, 0), save_all=True, append_images=frames[1:])
+    save("wide.png", Image.new("RGB", (3000, 1), (9, 9, 9)), (9, 9, 9))
+
+    refused = {
+        "empty.png": "cannot identify",
+        "text.jpg": "cannot identify",
+        "truncated.png": "mend or remove",
+    }
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("no image")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    (folder / "truncated.png").write_bytes(png_of_bytes(noise)[:3000])
+    Image.new("F", size, 0.5).save(folder / "float.tiff")
+    Image.fromarray(np.full(size, 70_000, np.int32)).save(folder / "32 bit.tiff")
+    Image.new("1", (10_000, 10_000)).save(folder / "bomb.png")
+    Image.new("1", (20_000, 10_000)).save(folder / "large bomb.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "dangling.png").symlink_to("nowhere")
+    (folder / "circle.png").symlink_to("circle.png")
+    refused |= {"float.tiff": "no known range", "32 bit.tiff": "16 bits", "bomb.png": "bomb"}
+    refused |= {"large bomb.png": "bomb", "pipe.png": "no file"}
+    return readable, refused | {"dangling.png": "no file", "circle.png": "no file"}
+
+
+def test_odd_images_are_read_right_or_refused_by_name(tmp_path):
+    begin = time.perf_counter()
+    readable, refused = odd_images(tmp_path / "all")
+    for name, said in refused.items():
+        alone = tmp_path / f"with {name}"
+        alone.mkdir()
+        (tmp_path / "all" / name).rename(alone / name)
+        with pytest.raises(sd.UserError, match=said) as error:
+            sd.read_folder(alone, 8)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    images = sd.read_folder(tmp_path / "all", 8)
+    for name, image in zip(sorted(readable, key=lambda name: tmp_path / "all" / name), images, strict=True):
+        expected = torch.tensor(readable[name], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+        assert torch.equal(image, expected), (name, image[:, 0, 0])
+    assert time.perf_counter() - begin < 20
+
+
+def test_linked_folders_are_read_once_and_never_in_circles(tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "data" / "a" / "1.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "elsewhere" / "2.png")
+    for name, target in {"a/up": "..", "b": "a", "c": "../elsewhere", "d": "../elsewhere", "e": "e"}.items():
+        (tmp_path / "data" / name).symlink_to(target)
+    (tmp_path / "data" / "folder.png").mkdir()
+    images = sd.read_folder(tmp_path / "data", 8)
+    assert images[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
 
 
 def write_grey(folder):
@@ -1051,31 +1158,224 @@ def stopping_at(step):
         yield
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--strategy", "uniform", "--dropout", "0.2"],
-        ["--strategy", "curriculum", "--momentum-decay", "--flip"],
-        ["--strategy", "adaptive", "--adaptive-every", "2", "--weighting", "p2"],
-    ],
-)
-def test_a_resumed_run_is_the_run_that_never_stopped(here, options):
-    options = [*options, *TINY, "--steps", "10", "--eval-every", "4"]
-    assert sd.main([*options, "--out", "whole"]) == 0
-    with stopping_at(7):
-        assert sd.main([*options, "--out", "broken"]) == 130
-    assert checkpoint("broken")["step"] == 4
-    assert sd.main(["--resume", "broken"]) == 0  # with the run's own device
-    whole, broken = checkpoint("whole"), checkpoint("broken")
-    for part in ("model", "ema", "optimizer", "sampler", "drawn"):
-        if part in whole:
-            assert_same_tensors(whole[part], broken[part])
-    rows = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in metrics(run)]
-        for run in ("whole", "broken")
-    ]
+@contextlib.contextmanager
+def signalled_at(steps, number=signal.SIGTERM):
+    """That signal in the middle of each of these training steps, numbered from 1."""
+    train_step = sd.Training.train_step
+
+    def step_with_signal(self):
+        if self.step + 1 in steps:
+            signal.raise_signal(number)
+        train_step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd.Training, "train_step", step_with_signal)
+        yield
+
+
+def assert_same_run(one, two):
+    """The same metrics but for the seconds, the same pictures, and every part of the checkpoint bit for bit."""
+    rows = [[row | {"seconds": ""} for row in metrics(run)] for run in (one, two)]
     assert rows[0] == rows[1]
-    assert Path("whole/samples.png").read_bytes() == Path("broken/samples.png").read_bytes()
+    checkpoints = [checkpoint(run) for run in (one, two)]
+    for state in checkpoints:
+        del state["seconds"], state["args"]["out"]
+    assert_same_tensors(*checkpoints)
+    for name in ("samples.png", "timesteps.png"):
+        assert Path(one, name).read_bytes() == Path(two, name).read_bytes()
+
+
+# The rows of metrics.csv fall into one line with the checkpoints (4, 8) or between them (3, 6, 9).
+METHODS = {
+    "uniform": ["--dropout", "0.2"],
+    "logit-normal": [],
+    "speed": ["--checkpoint-every", "2"],
+    "curriculum": ["--flip"],
+    "adaptive": ["--adaptive-every", "2", "--weighting", "p2"],
+}
+
+
+@pytest.mark.parametrize("momentum_decay", [[], ["--momentum-decay"]])
+@pytest.mark.parametrize("strategy", sd.STRATEGIES)
+def test_a_stopped_and_resumed_run_is_the_run_that_never_stopped(here, monkeypatch, strategy, momentum_decay):
+    monkeypatch.setattr(sd, "LOG_EVERY", 3)
+    options = [*TINY, "--strategy", strategy, *METHODS[strategy], *momentum_decay]
+    options += ["--steps", "10", "--eval-every", "4"]
+    assert sd.main([*options, "--out", "whole"]) == 0
+    with signalled_at({2, 7}):
+        assert sd.main([*options, "--out", "stopped"]) == 143
+        assert checkpoint("stopped")["step"] == 2
+        assert sd.main(["--resume", "stopped"]) == 143
+        assert checkpoint("stopped")["step"] == 7
+    with stopping_at(2):  # not by a signal: in the middle of the ninth step, its last checkpoint is older
+        assert sd.main(["--resume", "stopped"]) == 130
+    assert checkpoint("stopped")["step"] == 8
+    assert sd.main(["--resume", "stopped"]) == 0  # with the run's own device
+    assert_same_run("whole", "stopped")
+
+
+def test_a_run_may_be_stopped_after_every_step(here, monkeypatch):
+    monkeypatch.setattr(sd, "LOG_EVERY", 3)
+    options = [*TINY, "--strategy", "adaptive", "--adaptive-every", "2", "--steps", "8", "--eval-every", "4"]
+    assert sd.main([*options, "--out", "whole"]) == 0
+    with signalled_at(range(1, 9)):
+        assert sd.main([*options, "--out", "stopped"]) == 143
+        for step in range(2, 9):
+            assert sd.main(["--resume", "stopped"]) == 143 and checkpoint("stopped")["step"] == step
+    assert sd.main(["--resume", "stopped"]) == 0  # all that is left to do is its last measurement
+    assert_same_run("whole", "stopped")
+    assert sd.main(["--resume", "stopped"]) == 2
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_and_says_how_to_go_on(here, capsys, number, status):
+    with signalled_at({5}, number):
+        assert sd.main([*TINY, "--out", "a run"]) == status
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "stopped with the checkpoint of step 5: --resume 'a run'"
+    )
+    assert [row["step"] for row in metrics("a run")] == ["3"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_does_not_wait_for_a_measurement(here, monkeypatch):
+    assert sd.main([*TINY, "--out", "whole"]) == 0
+    evaluate = sd.evaluate
+    monkeypatch.setattr(sd, "evaluate", lambda *args: signal.raise_signal(signal.SIGINT) or evaluate(*args))
+    assert sd.main([*TINY, "--out", "stopped"]) == 130
+    assert checkpoint("stopped")["step"] == 3 and metrics("stopped") == []
+    monkeypatch.setattr(sd, "evaluate", evaluate)
+    assert sd.main(["--resume", "stopped"]) == 0
+    assert_same_run("whole", "stopped")
+
+
+def test_a_second_signal_stops_at_once(here):
+    code = "import signal, sys, speedup_diffusion as sd\nstep = sd.Training.train_step\n"
+    code += (
+        "def twice(self):\n  signal.raise_signal(2); step(self); print('first'); signal.raise_signal(15)\n"
+    )
+    code += "  print('second')\nsd.Training.train_step = twice\nsys.exit(sd.main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": str(Path(sd.__file__).parent), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", code, *TINY, "--out", "run"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    signal.signal(signal.SIGINT, before)
+    assert done.returncode == -signal.SIGTERM and done.stdout.splitlines()[-1] == "first", done
+    assert checkpoint("run")["step"] == 0
+
+
+@contextlib.contextmanager
+def infinite_loss_at(steps):
+    """A loss that is not finite in these training steps, numbered from 1."""
+    train_step, normalize = sd.Training.train_step, sd.normalize_weights
+
+    def step_with_nan(self):
+        with pytest.MonkeyPatch.context() as patch:
+            if self.step + 1 in steps:
+                patch.setattr(sd, "normalize_weights", lambda *args: normalize(*args) * math.nan)
+            train_step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd.Training, "train_step", step_with_nan)
+        yield
+
+
+def test_a_loss_that_is_not_finite_skips_its_update(here, capsys):
+    options = [*TINY, "--strategy", "adaptive", "--adaptive-every", "1", "--momentum-decay"]
+    with infinite_loss_at({5}):
+        assert sd.main([*options, "--eval-every", "1", "--out", "run"]) == 0
+    assert "1 updates were skipped" in capsys.readouterr().out
+    state = checkpoint("run")
+    assert {float(part["step"]) for part in state["optimizer"]["state"].values()} == {5.0}  # of 6
+    assert all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values())
+    losses = [float(row["loss"]) for row in metrics("run")]
+    assert math.isnan(losses[4]) and np.isfinite(losses[:4] + losses[5:]).all()
+    assert float(metrics("run")[4]["beta1"]) == pytest.approx(sd.momentum_decay(4 / 6)[0], rel=1e-5)
+
+
+def test_a_skipped_update_changes_no_weight():
+    args, _ = sd.parse_args([*TINY, "--warmup", "1"])
+    run = sd.Training(args, torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8))
+    run.train_step()
+    before = copy.deepcopy(run.model.state_dict())
+    with infinite_loss_at({2}):
+        run.train_step()
+    assert_same_tensors(before, run.model.state_dict())
+    assert run.skipped == 1 and run.step == 2
+    run.train_step()
+    assert any(not torch.equal(before[name], weight) for name, weight in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [[], [9]])
+def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(here, capsys, stop):
+    options = [*TINY, "--steps", "40", "--eval-every", "4", "--out", "run"]
+    bad = {2, *range(6, 15), *range(17, 40)}  # one, nine in a row, and more
+    with infinite_loss_at(bad):
+        with signalled_at(stop):
+            assert sd.main(options) == (143 if stop else 1)
+        assert not stop or sd.main(["--resume", "run"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("speedup_diffusion.py: step 26: 10 losses in a row") and "--lr" in last
+    state = checkpoint("run")
+    assert state["step"] == 24 and state["skipped"] == 18
+    assert all(weight.isfinite().all() for part in ("model", "ema") for weight in state[part].values())
+    assert sd.main(["--resume", "run", "--lr", "1e-5"]) == 0  # where the fault is gone
+    assert json.loads(Path("run/config.json").read_text())["lr"] == 1e-5
+    assert [int(row["step"]) for row in metrics("run")][-1] == 40
+
+
+def test_a_full_disk_ends_the_run_and_keeps_its_checkpoint(here, capsys, monkeypatch):
+    train_step, (soft, hard) = sd.Training.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(self):
+        train_step(self)
+        if self.step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(sd.Training, "train_step", fill_the_disk)
+            assert sd.main([*TINY, "--out", "run"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "run/checkpoint.pt could not be written and is as it was" in last and "disk" in last
+    assert sorted(p.name for p in Path("run").iterdir() if "new-" in p.name) == []
+    assert checkpoint("run")["step"] == 3
+    assert sd.main(["--resume", "run"]) == 0
+    assert sd.main([*TINY, "--out", "whole"]) == 0
+    assert_same_run("whole", "run")
+
+
+def test_a_disk_without_room_is_known_before_training(here, capsys, monkeypatch):
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    assert sd.main([*TINY, "--out", "new/run"]) == 2
+    err = capsys.readouterr().err
+    assert str(here) in err and "0.0001 GB" in err and err.count("\n") == 1 and not list(here.iterdir())
+
+
+def test_ten_runs_started_together_get_ten_folders(here):
+    def claim(barrier, out, results):
+        barrier.wait()
+        try:
+            results.put(str(sd.new_folder(out, Path("runs") / "run", "config.json")))
+        except sd.UserError:
+            results.put(None)
+
+    context = multiprocessing.get_context("fork")
+    for out in (None, "own"):
+        barrier, results = context.Barrier(10), context.Queue()
+        processes = [context.Process(target=claim, args=(barrier, out, results)) for _ in range(10)]
+        for process in processes:
+            process.start()
+        folders = [results.get(timeout=30) for _ in processes]
+        for process in processes:
+            process.join()
+        if out:
+            assert sorted(folders, key=str) == [None] * 9 + ["own"]
+        else:
+            assert len(set(folders)) == 10 and None not in folders
 
 
 def test_generate_writes_images_that_repeat_with_the_seed(here):
@@ -1438,6 +1738,12 @@ BAD_INPUT = {
     "--device cpu --amp fp16": "--amp fp16 needs a GPU",
     "--resume nowhere": "no such checkpoint",
     "--resume {run} --width 16": "drop --width",
+    "--resume {run} --lr 0": "(0, 100]",
+    "--resume {unlogged}": "metrics.csv",
+    "--image-size 256": "up to 128",
+    "--width 4096 --mults 64 64 --attention": "GB",
+    "--out /proc/none": "--out",
+    "--dataset folder --data-dir {empty}/x --fid-samples 9": "no such folder",
     "--resume {run}": "done all of its 6 steps",
     "--generate 4": "--checkpoint",
     "--checkpoint {run}/checkpoint.pt": "--generate",
@@ -1466,7 +1772,7 @@ BAD_INPUT = {
 def places(run_folder, tmp_path_factory):
     """Folders and files that are wrong in one way each."""
     root = tmp_path_factory.mktemp("places")
-    folders = ("empty", "few", "broken", "exif", "part")
+    folders = ("empty", "few", "broken", "exif", "part", "unlogged")
     for name in folders:
         (root / name).mkdir()
     for i in range(300):
@@ -1480,6 +1786,7 @@ def places(run_folder, tmp_path_factory):
     torch.save(
         {k: v for k, v in checkpoint(run_folder).items() if k != "optimizer"}, root / "part" / "checkpoint.pt"
     )
+    shutil.copy(run_folder / "checkpoint.pt", root / "unlogged")
     (root / "cut.pt").write_bytes(whole[: len(whole) // 2])
     torch.save({"weights": torch.zeros(3)}, root / "other.pt")
     altered = checkpoint(run_folder)
@@ -1499,6 +1806,80 @@ def test_bad_input_is_one_line_status_2_and_nothing_written(here, capsys, places
     assert lines[-1].startswith("speedup_diffusion.py: error: ") and BAD_INPUT[command] in lines[-1]
     assert len([line for line in lines if line.strip() and "reading images" not in line]) == 1
     assert not list(here.iterdir())
+
+
+NUMBERS = ["", "many", "nan", "inf", "-inf", "-1", "1e30", "9" * 40]
+CHOICES = ["", "x", "Uniform", "1"]
+SWITCHES = ["", "yes"]
+NAMES = ["", "x" * 5000, "nowhere"]
+BAD_VALUES = {
+    **dict.fromkeys(["--strategy", "--weighting", "--dataset", "--schedule", "--amp", "--method"], CHOICES),
+    **dict.fromkeys(["--momentum-decay", "--flip", "--no-flip"], SWITCHES),
+    **dict.fromkeys(["--speed-k", "--speed-tau", "--speed-lam"], NUMBERS),
+    **dict.fromkeys(["--curriculum-mu", "--curriculum-sigma"], NUMBERS),
+    **dict.fromkeys(["--adaptive-every", "--adaptive-selected", "--adaptive-queue"], NUMBERS),
+    **dict.fromkeys(["--adaptive-probe", "--adaptive-lr", "--adaptive-entropy"], NUMBERS),
+    **dict.fromkeys(["--min-snr-gamma", "--p2-k", "--p2-gamma"], NUMBERS),
+    **dict.fromkeys(["--image-size", "--timesteps", "--width", "--mults", "--num-blocks"], NUMBERS),
+    **dict.fromkeys(["--attention", "--dropout", "--patch"], NUMBERS),
+    **dict.fromkeys(["--steps", "--batch-size", "--lr", "--beta1", "--warmup", "--ema-decay"], NUMBERS),
+    **dict.fromkeys(["--grad-clip", "--seed", "--eval-every", "--checkpoint-every"], NUMBERS),
+    **dict.fromkeys(["--sampling-steps", "--eta", "--fid-samples", "--fid-every", "--generate"], NUMBERS),
+    **dict.fromkeys(["--fid-features", "--resume", "--checkpoint", "--report"], NAMES),
+    "--data-dir": NAMES,
+    "--device": ["", "tpu", "cuda:99", "cuda:x", "cpu:0", "x" * 5000],
+    "--out": ["", "x" * 5000, "/proc/none", "/dev/null"],
+}
+COMPANIONS = {  # without which a good value would be refused, too
+    "--data-dir": ["--dataset", "folder"],
+    "--fid-every": ["--fid-samples", "9"],
+    "--fid-features": ["--fid-samples", "9"],
+    "--generate": ["--checkpoint", "{run}/checkpoint.pt"],
+    "--checkpoint": ["--generate", "4"],
+}
+FLAGS = [flag for action in sd.make_parser()._actions for flag in action.option_strings]
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag not in ("-h", "--help")])
+def test_every_flag_refuses_bad_values_at_once(here, capsys, places, flag):
+    companions = [part.format(**places) for part in COMPANIONS.get(flag, [])]
+    for value in BAD_VALUES[flag]:
+        begin = time.perf_counter()
+        assert sd.main([f"{flag}={value}", *companions]) == 2, value
+        assert time.perf_counter() - begin < 5
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("speedup_diffusion.py: error: "), (value, lines)
+        assert not list(here.iterdir()), value
+
+
+class Malicious:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self):
+        return open, ("created", "w")
+
+
+def test_a_checkpoint_is_never_unpickled_as_code(here, run_folder, capsys):
+    state = checkpoint(run_folder)
+    Path("run").mkdir()
+    shutil.copy(run_folder / "metrics.csv", "run")
+    whole, parts = (
+        Malicious(),
+        [state | {name: Malicious()} for name in ("model", "args", "optimizer", "more")],
+    )
+    torch.save(whole, "0.pt")
+    torch.save(whole, "1.pt", _use_new_zipfile_serialization=False)
+    Path("2.pt").write_bytes(pickle.dumps(whole))
+    for number, part in enumerate(parts, 3):
+        torch.save(part, f"{number}.pt")
+    for number in range(3 + len(parts)):
+        shutil.copy(f"{number}.pt", "run/checkpoint.pt")
+        for argv in (["--resume", "run"], ["--generate", "1", "--checkpoint", f"{number}.pt"]):
+            assert sd.main(argv) == 2
+            assert "no checkpoint of this script" in capsys.readouterr().err
+    assert not Path("created").exists()
+    torch.load("0.pt", weights_only=False).close()
+    assert Path("created").exists()  # it would have
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -1545,8 +1926,90 @@ def test_the_script_runs_as_a_script_and_stops_on_ctrl_c(here):
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
-    assert checkpoint(run)["step"] % 3 == 0
+    assert process.returncode == 130 and "Traceback" not in err
+    assert err.splitlines()[-1].endswith(f"step {checkpoint(run)['step']}: --resume runs/digits-uniform")
+
+
+# Reliability, minutes long
+
+
+def start(*argv, **options):
+    """This script as a process of its own with one thread, which hears Ctrl-C."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(sd.__file__)), *argv]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, **options)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(here, capsys):
+    """kill -9 at random moments, while checkpoints are written, too; then the run is the one never killed."""
+    options = [*TINY, "--width", "32", "--strategy", "adaptive", "--momentum-decay", "--adaptive-every", "5"]
+    options += ["--steps", "1500", "--eval-every", "100", "--checkpoint-every", "1"]
+    assert start(*options, "--out", "whole").wait() == 0
+    rng, torn, before = random.Random(0), 0, -1
+    process = start(*options, "--out", "killed")
+    for _ in range(20):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:  # until it goes on
+            with contextlib.suppress(OSError):
+                if checkpoint("killed")["step"] > before:
+                    break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        torn += Path("killed/new-checkpoint.pt").exists()
+        state = sd.load_checkpoint(Path("killed/checkpoint.pt"))
+        assert state["step"] > before
+        before = state["step"]
+        lines = sd.complete_lines(Path("killed/metrics.csv"))
+        steps = [int(row["step"]) for row in csv.DictReader(lines)]
+        assert steps == sorted(set(steps)) and all(line.count(",") == 8 for line in lines)
+        process = start("--resume", "killed")
+    assert process.wait() == 0
+    with capsys.disabled():
+        print(f"\n20 kills up to step {before}, {torn} of them while a checkpoint was written")
+    assert_same_run("whole", "killed")
+
+
+@pytest.mark.slow
+def test_a_long_run_keeps_its_memory_and_its_pace(here, capsys):
+    """20,000 steps of a tiny model with the adaptive sampler, which has the most to keep."""
+    options = [*TINY, "--strategy", "adaptive", "--steps", "20000", "--eval-every", "2000", "--out", "run"]
+    process, memory = start(*options, stdout=subprocess.DEVNULL), []
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+            memory.append((metrics("run")[-1]["step"], pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
+        time.sleep(1)
+    assert process.returncode == 0
+    early, late = (
+        [mib for step, mib in memory if first <= int(step) < first + 2500] for first in (2500, 17_500)
+    )
+    growth = statistics.median(late) / statistics.median(early) - 1
+    rows = metrics("run")
+    seconds = np.diff([float(row["seconds"]) for row in rows])
+    pace = (
+        np.median(seconds[-len(seconds) // 4 :]) / np.median(seconds[len(seconds) // 4 : len(seconds) // 2])
+        - 1
+    )
+    sampler = checkpoint("run")["sampler"]
+    weights = [*sampler["policy"].values(), sampler["probs"], sampler["queue"]]
+    with capsys.disabled():
+        print(f"\n20,000 steps: memory {growth:+.2%}, time of a step {pace:+.1%}, ", end="")
+        print(f"{1e3 * np.median(seconds) / 25:.1f} ms, smallest probability {sampler['probs'].min():.2g}")
+    assert abs(growth) < 0.02 and abs(pace) < 0.15
+    assert all(weight.isfinite().all() for weight in weights)
+    assert sampler["probs"].min() >= 0.005 / 50
+
+
+@pytest.mark.slow
+def test_ten_processes_started_together_get_ten_folders(here):
+    processes = [start(*TINY, "--steps", "2") for _ in range(10)]
+    assert [process.wait() for process in processes] == [0] * 10
+    runs = list(Path("runs").iterdir())
+    assert len(runs) == 10 and all(checkpoint(run)["step"] == 2 for run in runs)
 
 
 # The default run, minutes long
