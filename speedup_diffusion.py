@@ -343,7 +343,7 @@ class AdaptiveSampler:
 
     def concentrations(self, x0):
         """(a, b), each [B], of the images' Beta distributions."""
-        return (F.softplus(self.policy(x0)) + 1e-5).unbind(1)
+        return (F.softplus(self.policy(x0)) + 1e-5).clamp(max=1e5).unbind(1)
 
     @torch.no_grad()
     def sample(self, x0, step):
@@ -658,12 +658,14 @@ def render_digits(count, size=16, seed=0):
 
 def to_rgb(image):
     """A PIL image of any mode as RGB, upright: the first frame, 16 bits scaled to 8, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # Pillow itself would clip these to 255
-        values = np.asarray(image)
-        refuse(values.min() < 0 or values.max() > 65535, "its values exceed 16 bits")
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})  # of TIFF: bits per sample, and whether 0 is white
     refuse(image.mode == "F", "floating-point pixels have no known range")
+    if deep := image.mode.startswith("I"):  # Pillow itself would clip these to 255
+        plain = tags.get(258, (16,)) == (16,) and tags.get(262) != 0 and "transparency" not in image.info
+        refuse(not plain, "of grey images with more than 8 bits only plain 16 bits are read")
+    image = ImageOps.exif_transpose(image)
+    if deep:
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -685,9 +687,12 @@ def read_images(open_image, names, size):
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         bar = tqdm(pool.map(read, names), "reading images", len(names), unit="img", leave=False)
-        for i, pixels in enumerate(bar):
-            grey = grey and (pixels == pixels[..., :1]).all()
-            images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+        try:
+            for i, pixels in enumerate(bar):
+                grey = grey and (pixels == pixels[..., :1]).all()
+                images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest is not waited for
     return images[:, :1].clone() if grey else images
 
 
@@ -695,7 +700,9 @@ def open_file(path):
     """Image.open, but not of what is no file: a pipe would never end."""
     if not path.is_file():
         raise OSError("no file, or a link that leads nowhere")
-    return Image.open(path)
+    return Image.open(
+        path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+    )  # EPS would run code
 
 
 def read_folder(folder, size):
@@ -705,7 +712,7 @@ def read_folder(folder, size):
         raise UserError(f"--data-dir {folder}: {error}")
 
     refuse(not os.path.isdir(folder), f"--data-dir {folder}: no such folder")
-    endings, seen, paths = torchvision.datasets.folder.IMG_EXTENSIONS, set(), []
+    endings, seen, paths = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"), set(), []
     for here, below, files in os.walk(folder, onerror=fail, followlinks=True):
         below.sort()
         if (real := os.path.realpath(here)) in seen:
@@ -890,6 +897,16 @@ def write_whole(path, write):
             temporary.unlink()
 
 
+def append(path, text):
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({one_line(error)}): is the disk full?") from error
+
+
 def save_grid(images, path):
     """A PNG of at most 64 images in [-1, 1], eight in a row, small ones enlarged."""
     images = F.interpolate(images[:64].float().cpu(), scale_factor=max(1, 64 // images.shape[-1]))
@@ -1006,17 +1023,19 @@ def default_folder(args):
     return Path("runs") / "-".join([args.dataset, args.strategy, *weighting, *momentum_decay])
 
 
-def refuse_full_disk(args):
-    """UserError where the run's folder would have no room for its checkpoints, the old one and the new."""
+def refuse_full_disk(args, folder):
+    """UserError where there is no room for the run's checkpoints, the old one and the new, or no right to write."""
     with torch.device("meta"):  # counts the weights of a model of any size and allocates none
         model = UNet(3, **{name: getattr(args, name) for name in MODEL})
-    place = os.path.abspath(args.out or "runs")
+    place = os.path.abspath(folder or args.out or "runs")
     while not os.path.isdir(place):
         place = os.path.dirname(place)
-    need = 2 * 16 * sum(p.numel() for p in model.parameters())  # float32: model, EMA, AdamW's two moments
-    free = shutil.disk_usage(place).free
+    size = 16 * sum(p.numel() for p in model.parameters())  # float32: model, EMA, AdamW's two moments
+    size += 4 * COLUMNS * args.timesteps + 1e7  # the adaptive policy and all the rest
+    need, free = size if folder else 2 * size, shutil.disk_usage(place).free
     advice = "free some, name another with --out, or take a smaller --width"
-    refuse(need > free, f"{place} has {free / 1e9:.3g} GB, two checkpoints take {need / 1e9:.3g}: {advice}")
+    refuse(need > free, f"{place} has {free / 1e9:.3g} GB, checkpoints take {need / 1e9:.3g}: {advice}")
+    refuse(not os.access(place, os.W_OK | os.X_OK), f"{place} may not be written: name another with --out")
 
 
 def complete_lines(path):
@@ -1037,13 +1056,14 @@ def load_checkpoint(path):
     refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_settings(checkpoint["args"])
         with torch.device("meta"):  # only the shapes are compared
             model = UNet(checkpoint["channels"], **{name: checkpoint["args"][name] for name in MODEL})
         shapes = {name: weight.shape for name, weight in model.state_dict().items()}
         for part in ("model", "ema"):
             found = {name: weight.shape for name, weight in checkpoint[part].items()}
             refuse(found != shapes, "another model")
-        refuse({"optimizer", "scaler", "step", *Training.COUNTS} - set(checkpoint), "incomplete")
+        refuse({"optimizer", "step", *Training.COUNTS} - set(checkpoint), "incomplete")
     except Exception as error:  # cut off, of another program, pickled code: each raises its own kind
         reason = type(error).__name__
         raise UserError(f"{path} is cut off or no checkpoint of this script ({reason})") from error
@@ -1093,6 +1113,24 @@ def open_distance(args, images, folder=None):
     return distance
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """Meanwhile no other process trains this run. UserError: one does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"{folder} is being trained by another process") from error
+    finally:
+        os.close(lock)
+
+
 class Signals:
     """with Signals() as signals: SIGINT and SIGTERM only set `received`, so that a step can be finished.
 
@@ -1101,11 +1139,10 @@ class Signals:
 
     def __enter__(self):
         self.received, self.at_once = None, False
-        numbers = signal.SIGINT, signal.SIGTERM
-        heard = [
-            number for number in numbers if signal.getsignal(number) != signal.SIG_IGN
-        ]  # as nohup sets it
-        self.before = {number: signal.signal(number, self.receive) for number in heard}
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                self.before[number] = signal.signal(number, self.receive)
         return self
 
     def receive(self, number, frame):
@@ -1144,8 +1181,9 @@ class Training:
         self.drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
         self.losses = torch.zeros(LOG_EVERY + PATIENCE, device=device)  # the last ones, step by step
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.parts = {name: getattr(self, name) for name in ("model", "ema", "optimizer", "scaler")}
+        self.parts = {name: getattr(self, name) for name in ("model", "ema", "optimizer")}
         self.parts |= {"sampler": self.sampler} if args.strategy == "adaptive" else {}
+        self.parts |= {"scaler": self.scaler} if self.fp16 else {}
 
     def state_dict(self):
         state = {"args": vars(self.args), "channels": self.images.shape[1], "step": self.step}
@@ -1153,11 +1191,16 @@ class Training:
         return state | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state):
-        self.step, self.seconds = state["step"], state["seconds"]
-        for name in ("drawn", "losses", "skipped"):
-            getattr(self, name).copy_(state[name])
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+        """UserError: not the state of such a run."""
+        try:
+            self.step, self.seconds = state["step"], state["seconds"]
+            for name in ("drawn", "losses", "skipped"):
+                getattr(self, name).copy_(state[name])
+            for name, part in self.parts.items():
+                if name in state or name != "scaler":  # a run that becomes fp16 has none
+                    part.load_state_dict(state[name])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"the checkpoint is not of this run ({one_line(error)})") from error
 
     def batch(self):
         """The next images, float [B, C, H, W]: each epoch in its own order, without an incomplete last batch."""
@@ -1210,10 +1253,10 @@ class Training:
         self.skipped += ~loss.detach().isfinite()
         self.step += 1
 
-    def mean_loss_since(self, logged):
-        """The mean of the finite losses since that step, at most LOG_EVERY ago; waits for the device.
+    def losses_since(self, logged):
+        """(mean of the finite losses since that step, at most LOG_EVERY ago; whether the last one is finite).
 
-        FloatingPointError after PATIENCE losses in a row that are not finite. Their updates were skipped.
+        Waits for the device. FloatingPointError after PATIENCE losses in a row that are not finite.
         """
         first = max(0, self.step - len(self.losses))
         losses = self.losses.roll(-first).tolist()[: self.step - first]
@@ -1221,10 +1264,11 @@ class Training:
         for step, fine in enumerate(finite, first + 1):
             in_a_row = 0 if fine else in_a_row + 1
             if in_a_row == PATIENCE:
-                advice = "fp16 overflows, take --amp bf16 or off" if self.fp16 else "take a lower --lr"
-                raise FloatingPointError(f"step {step}: {PATIENCE} losses in a row were not finite: {advice}")
+                advice = "--amp bf16 or off, fp16 overflows" if self.fp16 else "a lower --lr, it diverges"
+                problem = f"step {step}: {PATIENCE} losses in a row were not finite"
+                raise FloatingPointError(f"{problem}: --resume the run with {advice}")
         recent = [loss for loss, fine in list(zip(losses, finite))[max(0, logged - first) :] if fine]
-        return sum(recent) / len(recent) if recent else math.nan
+        return sum(recent) / len(recent) if recent else math.nan, all(finite[-1:])
 
     def predict(self, x_t, t):
         """The EMA model's epsilon."""
@@ -1232,7 +1276,7 @@ class Training:
             return self.ema(x_t, t)
 
 
-def write_row(run, folder, mean_loss, held_out, distance):
+def write_row(run, folder, mean_loss, held_out, distance, signals):
     """Append a row to metrics.csv and return it as a dict.
 
     With held_out it has the EMA model's figures on these, and the pictures are drawn anew; with distance, its FID.
@@ -1249,11 +1293,14 @@ def write_row(run, folder, mean_loss, held_out, distance):
     if distance:
         try:
             row["fid"] = distance(map(to_uint8, draw(args.fid_samples, title=distance.name)))
-        except Exception as error:  # noqa: BLE001, whatever it is costs the figure, not the run
+        except Exception as error:  # whatever it is costs the figure, not the run
+            if signals.received:  # which may have taken clean-fid's workers with it
+                raise KeyboardInterrupt from error
             tqdm.write(f"{distance.name} could not be measured at step {run.step}: {one_line(error)}")
     cells = (row.get(name, "") for name in METRICS)
-    with open(folder / "metrics.csv", "a") as file:
-        file.write(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n")
+    append(
+        folder / "metrics.csv", ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n"
+    )
     return row
 
 
@@ -1268,27 +1315,26 @@ def loop(run, folder, held_out, distance, logged):
         try:
             while True:
                 # The checkpoint comes before what takes long, and a resumed run measures what its metrics.csv
-                # lacks: nothing is lost wherever a run ends.
+                # lacks: nothing is lost wherever a run ends. While losses are not finite the last one stays.
                 step, last = run.step, run.step == args.steps
                 evaluates = last or step % args.eval_every == 0
                 compares = distance and (last or step % (args.fid_every or args.steps) == 0)
                 logs = evaluates or compares or step % LOG_EVERY == 0
                 saves = evaluates or compares or step % args.checkpoint_every == 0 or signals.received
                 if logs or saves:
-                    mean_loss = run.mean_loss_since(logged)
+                    mean_loss, healthy = run.losses_since(logged)
                     run.seconds += time.perf_counter() - clock  # of training alone
-                    if saves and step != saved:
+                    if saves and healthy and step != saved:
                         write_whole(folder / "checkpoint.pt", functools.partial(torch.save, run.state_dict()))
                         saved = step
-                    if signals.received and saved == step:
+                    signals.at_once = saved == step or not healthy
+                    if signals.received and signals.at_once:
                         raise KeyboardInterrupt
                     if logs and step > logged:
-                        signals.at_once = saved == step
                         due = held_out if evaluates else None, distance if compares else None
-                        row, logged = write_row(run, folder, mean_loss, *due), step
-                        signals.at_once = False
+                        row, logged = write_row(run, folder, mean_loss, *due, signals), step
                         bar.set_postfix(loss=f"{mean_loss:.4f}")
-                    clock = time.perf_counter()
+                    signals.at_once, clock = False, time.perf_counter()
                 if last:
                     return row
                 run.train_step()
@@ -1300,8 +1346,7 @@ def loop(run, folder, held_out, distance, logged):
 
 def train(args, folder=None, checkpoint=None, rows=()):
     """Train as args say: from the start into a new folder, or on from a checkpoint and its rows in its own."""
-    if not checkpoint:
-        refuse_full_disk(args)
+    refuse_full_disk(args, folder)
     images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
     count, channels, *size = images.shape
     refuse(
@@ -1318,16 +1363,18 @@ def train(args, folder=None, checkpoint=None, rows=()):
         folder = new_folder(args.out, default_folder(args), "config.json")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     config, table = json.dumps(vars(args) | versions, indent=2), ",".join(METRICS) + "\n" + "".join(rows)
-    write_whole(folder / "config.json", lambda path: path.write_text(config + "\n"))
-    write_whole(folder / "metrics.csv", lambda path: path.write_text(table))
-    if distance:
-        mu, sigma = distance.reference
-        write_whole(folder / "fid_reference.npz", lambda path: np.savez(path, mu=mu, sigma=sigma))
-    millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on and {len(held_out)} held out")
-    print(f"U-Net of {millions:.2f}M parameters on {args.device}, steps {run.step} to {args.steps}")
-
-    row = loop(run, folder, held_out, distance, logged)
+    with alone_in(folder):
+        write_whole(folder / "config.json", lambda path: path.write_text(config + "\n"))
+        write_whole(folder / "metrics.csv", lambda path: path.write_text(table))
+        if distance:
+            mu, sigma = distance.reference
+            write_whole(folder / "fid_reference.npz", lambda path: np.savez(path, mu=mu, sigma=sigma))
+        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        print(
+            f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on, {len(held_out)} held out"
+        )
+        print(f"U-Net of {millions:.2f}M parameters on {args.device}, steps {run.step} to {args.steps}")
+        row = loop(run, folder, held_out, distance, logged)
     figures = f"val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits per dimension"
     figures += f", {distance.name} {row['fid']:.4g}" if "fid" in row else ""
     print(f"{run.seconds:.0f} s of training: {figures}")
@@ -1617,16 +1664,16 @@ def make_parser():
     add("--speed-tau", count, "SpeeD: 1..T (default: the number of t with alphas_cumprod >= 0.0069)")
     add("--speed-lam", real("[0.5, 1]"), "change-aware weights lie in [1 - lam, lam]", 0.6)
     add("--curriculum-mu", real("[0, 1]"), "curriculum: centre of the Gaussian, in units of T", 0.3)
-    add("--curriculum-sigma", real("(0, 1e3]"), "curriculum: its width, in units of T", 0.5)
+    add("--curriculum-sigma", real("[1e-3, 1e3]"), "curriculum: its width, in units of T", 0.5)
     add("--adaptive-every", count, "adaptive: steps between updates of the policy", 40)
     add("--adaptive-selected", count, "adaptive: timesteps that make the reward, |S|", 3)
     add("--adaptive-queue", whole("[3, 1e5]"), "adaptive: probes that S is chosen from", 20)
     add("--adaptive-probe", count, "adaptive: timesteps a probe measures; T or more for all", 100)
     add("--adaptive-lr", real("(0, 10]"), "adaptive: learning rate of the policy", 1e-2)
     add("--adaptive-entropy", real("[0, 1e3]"), "adaptive: weight of the policy's entropy", 1e-2)
-    add("--min-snr-gamma", real("(0, 1e6]"), "min-snr: the SNR above which the weight falls", 5.0)
-    add("--p2-k", real("(0, 1e6]"), "p2: k of 1 / (k + SNR)^gamma", 1.0)
-    add("--p2-gamma", real("[0, 100]"), "p2: gamma", 1.0)
+    add("--min-snr-gamma", real("[1e-6, 1e6]"), "min-snr: the SNR above which the weight falls", 5.0)
+    add("--p2-k", real("[1e-6, 1e3]"), "p2: k of 1 / (k + SNR)^gamma", 1.0)
+    add("--p2-gamma", real("[0, 5]"), "p2: gamma", 1.0)
 
     add = group("data")
     add("--dataset", tuple(DATASETS), "digits are rendered here, folder is your own images", "digits")
@@ -1693,6 +1740,16 @@ def usable_device(name, amp):
     return name
 
 
+def check_settings(settings):
+    """Raises an error of some kind where the command line would refuse one of them."""
+    for action in make_parser()._actions:
+        value = settings.get(action.dest)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and action.type:
+                action.type(str(one))
+            refuse(one is not None and action.choices and one not in action.choices, f"{action.dest}: {one}")
+
+
 def parse_args(argv):
     """(settings with all defaults filled in, the set of names that were given). UserError where they clash."""
     parser = make_parser()
@@ -1714,11 +1771,11 @@ def parse_args(argv):
 
     if args.resume is None and not args.report:
         args.device = usable_device(args.device, args.amp)
-    out = args.out or "runs"
-    refuse(os.path.exists(out) and not os.path.isdir(out), f"{out} is a file: name a folder with --out")
-    refuse(
-        args.out and os.path.isdir(out) and os.listdir(out), f"--out {out} is not empty: name a new folder"
-    )
+    try:
+        taken = args.out and os.path.exists(args.out) and os.listdir(args.out)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}") from error
+    refuse(taken, f"--out {args.out} is not empty: name a new folder")
     if args.resume is not None or args.generate or args.report:
         return args, given
 
@@ -1773,19 +1830,21 @@ def main(argv=None):
         else:
             train(args)
     except UserError as error:
-        print(f"speedup_diffusion.py: error: {error}", file=sys.stderr)
+        print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError:
+    except (OSError, FloatingPointError) as error:  # such as a full disk
+        print("speedup_diffusion.py:", *str(error).splitlines(), file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         print(
-            "speedup_diffusion.py: the GPU's memory is too small: lower --batch-size or --width",
+            "speedup_diffusion.py: out of memory: lower --batch-size, --width or --image-size",
             file=sys.stderr,
         )
         return 1
-    except (OSError, FloatingPointError) as error:  # such as a full disk
-        print(f"speedup_diffusion.py: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt as stop:
-        number, kept = stop.args or (signal.SIGINT, "nothing trained yet")
+        number, kept = stop.args or (signal.SIGINT, "no step trained")
         print(f"\nstopped with {kept}", file=sys.stderr)
         return 128 + number
     return 0
