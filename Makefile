@@ -11,7 +11,7 @@ run: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest $(MARKERS) -m "not slow" test_speedup_diffusion.py
 
-test-all: $(VENV)/installed  # adds the default run of every strategy: about 25 minutes on 2 cores
+test-all: $(VENV)/installed  # adds 20 kills, a long run and every default run: about 40 minutes on 2 cores
 	$(RUN) -m pytest $(MARKERS) test_speedup_diffusion.py
 
 MARKERS = -o markers="slow: takes minutes; left out of make test"
