@@ -28,6 +28,7 @@ BUDGET = --fid-samples 512 --fid-every 200 --fid-features $(RESULTS)/digits.ts
 uniform =
 logit-normal = --strategy logit-normal
 speed = --strategy speed
+speed-lam = --strategy speed --speed-lam 0.8
 speed-sampling = --strategy speed --weighting none
 speed-weighting = --weighting change-aware
 curriculum = --strategy curriculum
@@ -36,7 +37,7 @@ curriculum-momentum-decay = --strategy curriculum --momentum-decay
 adaptive = --strategy adaptive
 adaptive-min-snr = --strategy adaptive --weighting min-snr
 min-snr = --weighting min-snr
-ROWS = uniform logit-normal speed speed-sampling speed-weighting curriculum momentum-decay \
+ROWS = uniform logit-normal speed speed-lam speed-sampling speed-weighting curriculum momentum-decay \
        curriculum-momentum-decay adaptive adaptive-min-snr min-snr
 RUNS = $(foreach row,$(ROWS),$(foreach seed,$(SEEDS),$(RESULTS)/$(row)-$(seed)))
 

@@ -1430,18 +1430,17 @@ def reach(points, target):
 
 
 def group_by_setting(runs):
-    """{name: its runs}: those that differ in FREE alone are one setting, named by what it does not share."""
-    settings = [{name: value for name, value in run.config.items() if name not in FREE} for run in runs]
-    known = dict.fromkeys(name for setting in settings for name in setting)
-    apart = [name for name in known if len({str(setting.get(name)) for setting in settings}) > 1]
-    groups = {}
-    for run, setting in zip(runs, settings):
-        name = setting.pop("strategy")
-        if (weighting := setting.pop("weighting")) != "auto":
+    """{name: its runs}: those that differ in FREE alone are one setting, named by how it differs from the first."""
+    named, groups = FREE | {"strategy", "weighting", "momentum_decay"}, {}
+    for run in runs:
+        name, weighting = run.config["strategy"], run.config["weighting"]
+        if weighting != "auto":
             name += f" + {weighting} weights".replace("none", "no")
-        if setting.pop("momentum_decay"):
+        if run.config["momentum_decay"]:
             name += " + momentum decay"
-        name += "".join(f", {key} {setting[key]}" for key in apart if key in setting)
+        for key, value in run.config.items():
+            if key not in named and str(value) != str(runs[0].config.get(key)):
+                name += f", {key} {value}"
         groups.setdefault(name, []).append(run)
     return groups
 

@@ -1655,17 +1655,17 @@ def test_the_report_compares_with_the_baseline_of_the_same_seed(here, capsys, wi
     out = capsys.readouterr().out
     base, fast, slow, never = table(out)
     assert "pip install matplotlib" in out and len(list(here.iterdir())) == len(runs)
-    assert (base["strategy"], base["runs"], base["steps"]) == ("uniform, lr 0.1", "2", "200")
+    assert (base["strategy"], base["runs"], base["steps"]) == ("uniform", "2", "200")
     assert base["FD (x.ts) last"] == "5.5 (5..6)" == base["FD (x.ts) best"]
     assert base["speed-up (steps)"] == "1" and base["val_mse"] == "0.05" and base["val_vlb"] == "0.5"
     # seed 0 falls to 5 half-way between 100 and 200 steps, seed 1 to 6 a quarter of the way
-    assert fast["strategy"] == "speed + momentum decay, lr 0.1"
+    assert fast["strategy"] == "speed + momentum decay"
     assert fast["steps to baseline's last"] == "137.5 (125..150)"
     assert fast["seconds to it"] == "13.75 (12.5..15)"
     assert fast["speed-up (steps)"] == "1.467 (1.333..1.6)" == fast["speed-up (seconds)"]
     assert slow["strategy"] == "uniform, lr 0.5"
     assert slow["steps to baseline's last"] == "199.4 in 1 of 2"
-    assert never["strategy"] == "uniform + p2 weights, lr 0.1"
+    assert never["strategy"] == "uniform + p2 weights"
     assert never["steps to baseline's last"] == "-" == never["speed-up (seconds)"]
 
 
@@ -1741,11 +1741,11 @@ def test_make_compare_runs_every_strategy_with_flags_that_exist():
     for line in lines:
         if "--out" in line:
             args = sd.make_parser().parse_args(line[2:])
-            runs[args.out] = args.strategy, args.weighting, args.momentum_decay, args.seed
-    assert len(runs) == len(set(runs.values())) == 22 and {run[0] for run in runs.values()} == set(
+            runs[args.out] = args.strategy, args.weighting, args.momentum_decay, args.seed, args.speed_lam
+    assert len(runs) == len(set(runs.values())) == 24 and {run[0] for run in runs.values()} == set(
         sd.STRATEGIES
     )
-    assert runs["nowhere/adaptive-min-snr-1"] == ("adaptive", "min-snr", False, 1)
+    assert runs["nowhere/adaptive-min-snr-1"] == ("adaptive", "min-snr", False, 1, 0.6)
     (reported,) = (line[line.index("--report") + 1 :] for line in lines if "--report" in line)
     assert sorted(reported) == sorted(runs) and reported[:2] == ["nowhere/uniform-0", "nowhere/uniform-1"]
 
