@@ -1340,7 +1340,7 @@ def loop(run, folder, held_out, distance, logged):
                 run.train_step()
                 bar.update()
         except KeyboardInterrupt as stop:
-            kept = f"the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
+            kept = f" with the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
             raise KeyboardInterrupt(signals.received or signal.SIGINT, kept) from stop
 
 
@@ -1835,16 +1835,15 @@ def main(argv=None):
         print("speedup_diffusion.py:", *str(error).splitlines(), file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        too_little = "out of memory", "not enough memory", "can't allocate memory"  # torch, on GPU and CPU
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in too_little):
             raise
-        print(
-            "speedup_diffusion.py: out of memory: lower --batch-size, --width or --image-size",
-            file=sys.stderr,
-        )
+        advice = "lower --batch-size, --width or --image-size"
+        print(f"speedup_diffusion.py: out of memory: {advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        number, kept = stop.args or (signal.SIGINT, "no step trained")
-        print(f"\nstopped with {kept}", file=sys.stderr)
+        number, kept = stop.args or (signal.SIGINT, "")
+        print(f"\nstopped{kept}", file=sys.stderr)
         return 128 + number
     return 0
 
