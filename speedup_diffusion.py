@@ -45,13 +45,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
+
+# torchvision is imported where it is used: it takes as long as torch, and a wrong flag should be known at once.
 
 # ---------------------------------------------------------------------------------------------------------
 # 1 Diffusion
@@ -700,19 +699,19 @@ def open_file(path):
     """Image.open, but not of what is no file: a pipe would never end."""
     if not path.is_file():
         raise OSError("no file, or a link that leads nowhere")
-    return Image.open(
-        path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-    )  # EPS would run code
+    # Whatever its name says: an EPS file, for one, would run code.
+    return Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"))
 
 
 def read_folder(folder, size):
     """Every image file below folder, in the order of their paths; of folders linked twice, the first."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
     def fail(error):
         raise UserError(f"--data-dir {folder}: {error}")
 
     refuse(not os.path.isdir(folder), f"--data-dir {folder}: no such folder")
-    endings, seen, paths = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"), set(), []
+    endings, seen, paths = (*IMG_EXTENSIONS, ".gif"), set(), []
     for here, below, files in os.walk(folder, onerror=fail, followlinks=True):
         below.sort()
         if (real := os.path.realpath(here)) in seen:
@@ -737,7 +736,8 @@ def load_dataset(name, data_dir, size):
             raise UserError(f"--data-dir {data_dir}: {len(images)} images, 256 of them held out, are too few")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order[:-held_out]], images[order[-held_out:]]
-    datasets = torchvision.datasets
+    from torchvision import datasets
+
     kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
     try:
         if name == "celeba":
@@ -793,6 +793,8 @@ def to_uint8(images):
 
 def save_pngs(images, folder, first=0):
     """uint8 [N, C, H, W] as 000000.png, 000001.png ..., numbered from first."""
+    from torchvision.transforms.functional import to_pil_image
+
     for number, image in enumerate(images, first):
         to_pil_image(image).save(folder / f"{number:06d}.png")
 
@@ -909,6 +911,9 @@ def append(path, text):
 
 def save_grid(images, path):
     """A PNG of at most 64 images in [-1, 1], eight in a row, small ones enlarged."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
     images = F.interpolate(images[:64].float().cpu(), scale_factor=max(1, 64 // images.shape[-1]))
     pixels = make_grid(images, 8, normalize=True, value_range=(-1, 1), pad_value=0.5)
     write_whole(path, to_pil_image(pixels).save)
