@@ -8,6 +8,7 @@
     python speedup_diffusion.py --resume runs/digits-speed              # go on from the last checkpoint
     python speedup_diffusion.py --generate 64 --checkpoint runs/digits-speed/checkpoint.pt
     python speedup_diffusion.py --report runs/digits-uniform runs/digits-speed  # which is faster, by how much
+    torchrun --nproc_per_node=8 speedup_diffusion.py --dataset cifar10  # eight GPUs, --batch-size over all of them
 
 Contents: 1 Diffusion (schedules, q_sample, DDPM and DDIM)   2 Accelerations (timestep samplers, loss weights,
 momentum decay)   3 U-Net   4 Data   5 Evaluation and pictures   6 Training   7 Report   8 Command line
@@ -21,6 +22,7 @@ import collections
 import contextlib
 import copy
 import csv
+import datetime
 import functools
 import itertools
 import json
@@ -46,11 +48,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # torchvision is imported where it is used: it takes as long as torch, and a wrong flag should be known at once.
+
+# torchrun starts the processes and numbers them: over all machines, and on each.
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", "0")), int(TORCHRUN.get("LOCAL_RANK", "0"))
+PROCESSES, LOCAL_PROCESSES = int(TORCHRUN.get("WORLD_SIZE", "1")), int(TORCHRUN.get("LOCAL_WORLD_SIZE", "1"))
 
 # ---------------------------------------------------------------------------------------------------------
 # 1 Diffusion
@@ -248,6 +257,14 @@ class CurriculumSampler:
         return torch.multinomial(self.probs, len(x0), replacement=True)
 
 
+def average_over_processes(tensor):
+    """In place, the mean of tensor over the processes that torch.distributed joined; unchanged where it did not."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+        tensor /= torch.distributed.get_world_size()
+    return tensor
+
+
 class AdaptiveSampler:
     """Adaptive non-uniform sampling: a small policy learns which t lower the variational bound the most.
 
@@ -268,6 +285,8 @@ class AdaptiveSampler:
     fixed to beta_t; S may change from the third probe on; adaptive pooling, so that images need not be 32x32;
     a share `floor` of u is drawn uniformly, so that no t dies out however sure of itself the policy becomes.
     Cost in image-forwards: 2 (probe + selected B) every `every` steps, beside 3 B a step for training.
+    With several processes, joined by torch.distributed, each has its own images; `average_over_processes` keeps
+    policy, queue, S and `probs` the same in all. A probe is then the mean over one image of each.
 
     `probs` is the mixture over the images of the batch of the last policy update. The model, an nn.Module with
     model(x_t, t) -> eps, is measured in eval mode. alphas_cumprod: [T], on the device of the images to come.
@@ -328,7 +347,7 @@ class AdaptiveSampler:
         log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
 
         def kernel(u):  # u^a (1 - u)^b / B(a, b)
-            return torch.exp(torch.special.xlogy(a, u) + torch.special.xlog1py(b, -u) - log_beta)
+            return torch.exp(a * u.log() + b * (-u).log1p() - log_beta)
 
         edges = ((torch.arange(T + 1, dtype=a.dtype, device=a.device) - 0.5) / max(1, T - 1)).clamp(0, 1)
         edges[-1] = 1  # for T = 1
@@ -386,7 +405,7 @@ class AdaptiveSampler:
         delta = torch.nan_to_num(before - self._vlb_terms(model, *fixed), 0.0, 0.0, 0.0)
         probed, rewards = delta[: len(self.grid)], delta[len(self.grid) :]
         self.update_policy(rewards.view(len(self.selected), -1).sum(0))
-        self.queue[self.filled % len(self.queue)] = probed
+        self.queue[self.filled % len(self.queue)] = average_over_processes(probed)
         self.filled += 1
         if self.filled >= 3:  # two points always lie on a line
             best = self.most_predictive(self.queue[: self.filled], len(self.selected))
@@ -402,6 +421,8 @@ class AdaptiveSampler:
             loss = -(log_prob * reward).mean() - self.entropy * beta.entropy().mean()
             self.optimizer.zero_grad()
             loss.backward()
+            for p in self.policy.parameters():
+                average_over_processes(p.grad)
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             self.optimizer.step()
             self.refresh_probs(x0)
@@ -410,7 +431,7 @@ class AdaptiveSampler:
     def refresh_probs(self, x0):
         """Set `probs` to the mixture over the images x0."""
         probs = self.beta_probs(*self.concentrations(x0), len(self.probs))
-        self.probs = probs.lerp(self.uniform, self.floor)
+        self.probs = average_over_processes(probs).lerp(self.uniform, self.floor)
 
     @staticmethod
     def most_predictive(deltas, count):
@@ -685,7 +706,8 @@ def read_images(open_image, names, size):
     images, grey = torch.empty((len(names), 3, size, size), dtype=torch.uint8), True
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        bar = tqdm(pool.map(read, names), "reading images", len(names), unit="img", leave=False)
+        options = {"unit": "img", "leave": False, "disable": RANK > 0}
+        bar = tqdm(pool.map(read, names), "reading images", len(names), **options)
         try:
             for i, pixels in enumerate(bar):
                 grey = grey and (pixels == pixels[..., :1]).all()
@@ -802,11 +824,15 @@ def save_pngs(images, folder, first=0):
 def draw_samples(model, diffusion, count, shape, args, seed, title, batch_size=256):
     """Yields count images of shape (C, H, W) in [-1, 1], a batch at a time, as args sample; seed fixes them."""
     generator = torch.Generator().manual_seed(seed)
+    batch = (
+        math.ceil(count / math.ceil(count / batch_size)),
+        *shape,
+    )  # all alike: a compiled model has one size
     with tqdm(total=count, unit="img", desc=title, leave=False) as bar:
         while bar.n < count:
-            batch = min(batch_size, count - bar.n), *shape
-            yield diffusion.sample(model, batch, args.method, args.sampling_steps, args.eta, generator)
-            bar.update(batch[0])
+            images = diffusion.sample(model, batch, args.method, args.sampling_steps, args.eta, generator)
+            yield images[: count - bar.n]
+            bar.update(min(batch[0], count - bar.n))
 
 
 class FrechetDistance:
@@ -953,6 +979,7 @@ def save_timesteps(drawn, steps, path):
 LOG_EVERY = 25  # steps: reading the loss waits for the device
 PATIENCE = 10  # losses in a row that are not finite
 COLUMNS = 50  # of the picture of the timesteps
+COMPILE_FROM = 5_000  # steps: compiling takes a minute or two. Estimated, not measured
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 MODEL = ("width", "mults", "num_blocks", "attention", "dropout", "image_size", "patch")
 
@@ -991,6 +1018,68 @@ def build_strategy(args, alphas_cumprod, channels):
     else:
         weights = p2_weights(alphas_cumprod, args.p2_k, args.p2_gamma)
     return sampler, weights
+
+
+def join_processes():
+    """What torchrun started becomes one group; where one process ends, what the others wait for fails."""
+    if TORCHRUN:
+        # NCCL between GPUs; gloo for what is on the CPU, such as waiting while rank 0 measures, be it for hours.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
+
+
+def of_rank_0(make):
+    """make() of rank 0, in every process."""
+    made = [make() if RANK == 0 else None]
+    if TORCHRUN:
+        distributed.broadcast_object_list(made, device=torch.device("cpu"))
+    return made[0]
+
+
+def to_device(tensor, device):
+    """The tensor there. From the host to a GPU it goes through pinned memory, and nothing waits for it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def flops_per_image(args, channels):
+    """Floating-point operations of the U-Net's forward and backward pass, counted without any of them."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = UNet(channels, **{name: getattr(args, name) for name in MODEL})
+        model(torch.empty(1, channels, args.image_size, args.image_size), torch.zeros(1)).sum().backward()
+    return counter.get_total_flops()
+
+
+def matrix_flops_per_second(device, size=8192, repeats=20):
+    """The rate of large bf16 matrix products on this GPU: what no training step exceeds."""
+    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
+    seconds = []
+    for _ in range(repeats):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def performance(run, images_per_second):
+    """A line: images/s, peak memory, on a GPU also how much of its matrix rate the U-Net's operations make up."""
+    text, device = f"{images_per_second:.4g} images/s", run.device
+    if device.type == "cuda":
+        text += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+        del run.optimizer  # the product below needs room
+        torch.cuda.empty_cache()
+        rate = matrix_flops_per_second(device)
+        share = flops_per_image(run.args, run.images.shape[1]) * images_per_second / PROCESSES / rate
+        return f"{text}, {share:.1%} of the {rate / 1e12:.0f} TFLOP/s of bf16 matrix products on this GPU"
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        text += f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
+    return text
 
 
 def make_autocast(args):
@@ -1086,6 +1175,8 @@ def generate(args):
     model, diffusion = build_model(run, checkpoint["channels"])
     model.load_state_dict(checkpoint["ema"])
     model.eval()
+    if args.compile == "on":
+        model.compile(dynamic=False)
     folder = new_folder(args.out, Path(args.checkpoint).parent / "generated", "000000.png")
     shape, first, done = (checkpoint["channels"], run.image_size, run.image_size), [], 0
     options = args, args.seed, "generating", args.batch_size or 256
@@ -1157,28 +1248,51 @@ class Signals:
         if self.at_once:
             raise KeyboardInterrupt
 
+    def agree(self):
+        """The signal that any of the processes received, or None."""
+        number = torch.tensor(self.received or 0)
+        if TORCHRUN:
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        return number.item() or None
+
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
 class Training:
-    """A run: all that its checkpoint holds, and one step.
+    """A run: all that its checkpoint holds, and one step. All of it is the same in every process.
 
     All randomness of a step follows from the seed and the step, so a checkpoint needs no generator: a resumed run
     draws what the unbroken one would. Every strategy sees the same images, flips and noise: they are drawn first.
+    Of several processes each takes its share of the batch, with noise, timesteps and dropout of its own.
     """
 
     COUNTS = ("seconds", "drawn", "losses", "skipped")
 
     def __init__(self, args, images):
-        """images: uint8 [N, C, H, W], on the device."""
-        self.args, self.images, self.order, device = args, images, None, images.device
+        """images: uint8 [N, C, H, W], on the CPU: they move to the device, unless they fill too much of it."""
+        self.args, self.order, self.device = args, None, torch.device(args.device)
+        device = self.device
+        limit = (
+            torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else math.inf
+        )
+        self.images = images if images.numel() > limit else images.to(device)
         self.autocast, self.fp16 = make_autocast(args)
         torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
         self.model, self.diffusion = build_model(args, images.shape[1])
         self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, images.shape[1])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if (
+            args.compile == "on"
+            or args.compile == "auto"
+            and device.type == "cuda"
+            and args.steps >= COMPILE_FROM
+        ):
+            self.model.compile(dynamic=False)
+            self.ema.compile(dynamic=False)
+        # DDP averages the gradients; what else calls the model leaves it as it is.
+        self.forward = DistributedDataParallel(self.model) if TORCHRUN else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
         # Off fp16 its scale stays 1: there it only skips the updates that are not finite, on the device.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=65_536.0 if self.fp16 else 1.0)
@@ -1209,28 +1323,31 @@ class Training:
 
     def batch(self):
         """The next images, float [B, C, H, W]: each epoch in its own order, without an incomplete last batch."""
-        args, device = self.args, self.images.device
+        args = self.args
         epoch, batch = divmod(self.step, len(self.images) // args.batch_size)
         if batch == 0 or self.order is None:
             shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            self.order = torch.randperm(len(self.images), generator=shuffle).to(device)
-        x0 = to_float(self.images[self.order[batch * args.batch_size : (batch + 1) * args.batch_size]])
+            self.order = to_device(torch.randperm(len(self.images), generator=shuffle), self.images.device)
+        share = args.batch_size // PROCESSES
+        first = batch * args.batch_size + RANK * share
+        x0 = to_float(to_device(self.images[self.order[first : first + share]], self.device))
         if args.flip:
-            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
+            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=self.device) < 0.5, x0.flip(-1), x0)
         return x0
 
     def train_step(self):
         args, step, model, sampler = self.args, self.step, self.model, self.sampler
         adaptive = args.strategy == "adaptive"
-        torch.manual_seed(args.seed * 1_000_003 + 2 * step)
+        # On a CPU only 32 bits of it count; the odd factor, near 2^32 / 1.618, keeps the ranks far apart in these.
+        seed = args.seed * 1_000_003 + RANK * 2_654_435_769
+        torch.manual_seed(seed + 2 * step)
         x0 = self.batch()
         noise = torch.randn_like(x0)
         t = sampler.sample(x0, step)
-        self.drawn[step * COLUMNS // args.steps].scatter_add_(0, t, torch.ones_like(t, dtype=torch.int32))
 
-        torch.manual_seed(args.seed * 1_000_003 + 2 * step + 1)  # of dropout, whatever the sampler drew
+        torch.manual_seed(seed + 2 * step + 1)  # of dropout, whatever the sampler drew
         with self.autocast():
-            eps = model(self.diffusion.q_sample(x0, t, noise), t)
+            eps = self.forward(self.diffusion.q_sample(x0, t, noise), t)
         mse = (eps.float() - noise).square().flatten(1).mean(1)
         loss = (normalize_weights(self.raw_weights, sampler.probs)[t] * mse).mean()
         self.optimizer.zero_grad()
@@ -1254,8 +1371,14 @@ class Training:
         # The average forgets the random start: its decay grows to the final value over the first steps.
         average = get_ema_multi_avg_fn(min(args.ema_decay, (1 + step) / (10 + step)))
         average(list(self.ema.parameters()), list(model.parameters()), None)
-        self.losses[step % len(self.losses)] = loss.detach()
-        self.skipped += ~loss.detach().isfinite()
+        # How often each t was drawn, and the loss: over all processes.
+        tally = torch.zeros(args.timesteps + 1, device=self.device)
+        tally.scatter_add_(0, t, torch.full(t.shape, float(PROCESSES), device=self.device))
+        tally[-1] = loss.detach()
+        average_over_processes(tally)
+        self.drawn[step * COLUMNS // args.steps] += tally[:-1].round().int()
+        self.losses[step % len(self.losses)] = tally[-1]
+        self.skipped += ~tally[-1].isfinite()
         self.step += 1
 
     def losses_since(self, logged):
@@ -1310,61 +1433,86 @@ def write_row(run, folder, mean_loss, held_out, distance, signals):
 
 
 def loop(run, folder, held_out, distance, logged):
-    """Train to the end, with a checkpoint, a row and pictures when they are due; returns the last row.
+    """Train to the end, with a checkpoint, a row and pictures when they are due: by rank 0, the others wait.
 
-    logged: the last step with a row. KeyboardInterrupt(signal, what is kept) when it was stopped.
+    logged: the last step with a row. Returns the last row and the images per second, of rank 0, since the first
+    one. KeyboardInterrupt(signal, what is kept) when it was stopped.
     """
-    args, saved, clock = run.args, run.step or None, time.perf_counter()
-    bar = tqdm(desc=args.strategy, total=args.steps, initial=run.step, unit="img", unit_scale=args.batch_size)
-    with bar, Signals() as signals:
+    args, saved, row, stop, clock = run.args, run.step or None, None, None, time.perf_counter()
+    timed = [(run.step, run.seconds)]  # the first steps are slow: what is compiled is compiled then
+    options = {"initial": run.step, "unit": "img", "unit_scale": args.batch_size, "disable": RANK > 0}
+    with tqdm(desc=args.strategy, total=args.steps, **options) as bar, Signals() as signals:
         try:
             while True:
                 # The checkpoint comes before what takes long, and a resumed run measures what its metrics.csv
                 # lacks: nothing is lost wherever a run ends. While losses are not finite the last one stays.
-                step, last = run.step, run.step == args.steps
+                step, last, stop = run.step, run.step == args.steps, signals.agree()
                 evaluates = last or step % args.eval_every == 0
                 compares = distance and (last or step % (args.fid_every or args.steps) == 0)
                 logs = evaluates or compares or step % LOG_EVERY == 0
-                saves = evaluates or compares or step % args.checkpoint_every == 0 or signals.received
+                saves = evaluates or compares or step % args.checkpoint_every == 0 or stop
                 if logs or saves:
                     mean_loss, healthy = run.losses_since(logged)
                     run.seconds += time.perf_counter() - clock  # of training alone
+                    if len(timed) < 2 and step > timed[0][0]:
+                        timed.append((step, run.seconds))
                     if saves and healthy and step != saved:
-                        write_whole(folder / "checkpoint.pt", functools.partial(torch.save, run.state_dict()))
+                        if RANK == 0:
+                            state = run.state_dict()
+                            write_whole(folder / "checkpoint.pt", functools.partial(torch.save, state))
                         saved = step
-                    signals.at_once = saved == step or not healthy
-                    if signals.received and signals.at_once:
+                    if stop and (saved == step or not healthy):
                         raise KeyboardInterrupt
-                    if logs and step > logged:
+                    if RANK == 0 and logs and step > logged:
+                        signals.at_once = saved == step or not healthy
                         due = held_out if evaluates else None, distance if compares else None
-                        row, logged = write_row(run, folder, mean_loss, *due, signals), step
+                        row = write_row(run, folder, mean_loss, *due, signals)
                         bar.set_postfix(loss=f"{mean_loss:.4f}")
-                    signals.at_once, clock = False, time.perf_counter()
+                        signals.at_once = False
+                    logged, clock = step if logs else logged, time.perf_counter()
                 if last:
-                    return row
+                    break
                 run.train_step()
                 bar.update()
-        except KeyboardInterrupt as stop:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # The other processes get the signal too, and the first that ends breaks what the others wait for.
+            if isinstance(error, RuntimeError) and not (PROCESSES > 1 and signals.received):
+                raise
             kept = f" with the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
-            raise KeyboardInterrupt(signals.received or signal.SIGINT, kept) from stop
+            raise KeyboardInterrupt(signals.received or stop or signal.SIGINT, kept) from error
+    (since, seconds) = timed[-1] if timed[-1][0] < args.steps else timed[0]
+    return row, (args.steps - since) * args.batch_size / (
+        run.seconds - seconds
+    ) if since < args.steps else None
 
 
 def train(args, folder=None, checkpoint=None, rows=()):
     """Train as args say: from the start into a new folder, or on from a checkpoint and its rows in its own."""
-    refuse_full_disk(args, folder)
-    images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
+    refuse(
+        args.batch_size % PROCESSES,
+        f"--batch-size {args.batch_size} must divide by {PROCESSES}, the processes",
+    )
+    if RANK == 0:
+        refuse_full_disk(args, folder)
+    for turn in range(3):  # rank 0, then one on each other machine, then the rest: a download is made once
+        if turn == min(RANK, 1) + min(LOCAL_RANK, 1):
+            images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
+        average_over_processes(torch.zeros(()))  # waits for all
     count, channels, *size = images.shape
     refuse(
         args.batch_size > count, f"--batch-size {args.batch_size} is more than the {count} training images"
     )
     if checkpoint and channels != checkpoint["channels"]:
         raise UserError(f"{args.data_dir} has {channels} channels, the run {checkpoint['channels']}")
-    distance = open_distance(args, images, folder)
-    held_out = held_out.to(args.device)
-    run, logged = Training(args, images.to(args.device)), int(rows[-1].split(",")[0]) if rows else 0
+    distance = open_distance(args, images, folder) if RANK == 0 else None
+    run, logged = Training(args, images), int(rows[-1].split(",")[0]) if rows else 0
     if checkpoint:
         run.load_state_dict(checkpoint)
-    else:
+    if RANK:
+        loop(run, None, None, None, logged)
+        return
+    held_out = held_out.to(args.device)
+    if not checkpoint:
         folder = new_folder(args.out, default_folder(args), "config.json")
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
     config, table = json.dumps(vars(args) | versions, indent=2), ",".join(METRICS) + "\n" + "".join(rows)
@@ -1378,14 +1526,17 @@ def train(args, folder=None, checkpoint=None, rows=()):
         print(
             f"{folder}: {count} images {channels}x{size[0]}x{size[1]} to train on, {len(held_out)} held out"
         )
-        print(f"U-Net of {millions:.2f}M parameters on {args.device}, steps {run.step} to {args.steps}")
-        row = loop(run, folder, held_out, distance, logged)
+        where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
+        print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
+        row, images_per_second = loop(run, folder, held_out, distance, logged)
     figures = f"val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits per dimension"
     figures += f", {distance.name} {row['fid']:.4g}" if "fid" in row else ""
     print(f"{run.seconds:.0f} s of training: {figures}")
     if run.skipped:
         print(f"{run.skipped} updates were skipped: their loss was not finite")
     print(f"samples and all else in {folder}")
+    if images_per_second:
+        print(performance(run, images_per_second))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1603,7 +1754,7 @@ DATASETS = {
 }
 # fmt: on
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
-CHANGEABLE = {"device", "data_dir", "fid_features", "amp", "lr", "grad_clip"}  # beside --resume
+CHANGEABLE = {"device", "data_dir", "fid_features", "amp", "compile", "lr", "grad_clip"}  # beside --resume
 WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
 
 
@@ -1708,6 +1859,8 @@ def make_parser():
     add("--checkpoint-every", count, "steps between further checkpoints (default: --eval-every)")
     add("--device", name, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--amp", ("auto", "off", "bf16", "fp16"), "auto: bf16 or fp16 on a GPU, off on a CPU", "auto")
+    text = f"torch.compile; auto: when training on a GPU for {COMPILE_FROM} steps or more"
+    add("--compile", ("auto", "off", "on"), text, "auto")
 
     add = group("sampling")
     add("--method", ("ddim", "ddpm"), "ddpm visits every timestep", "ddim")
@@ -1738,8 +1891,12 @@ def usable_device(name, amp):
     """The device of that name, or the best one where name is None. UserError if this machine lacks it."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     refuse(not re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name}: use cpu, cuda or cuda:N")
-    gpus = torch.cuda.device_count()
+    gpus, here = torch.cuda.device_count(), LOCAL_PROCESSES
+    refuse(here > 1 and ":" in name, f"--device {name}: torchrun gives each process its own GPU; use cuda")
     refuse(name != "cpu" and int(name[5:] or 0) >= gpus, f"--device {name}: torch sees {gpus} GPUs; use cpu")
+    refuse(name == "cuda" and here > gpus, f"{here} processes, but torch sees {gpus} GPUs: start as many")
+    if name == "cuda" and here > 1:
+        torch.cuda.set_device(LOCAL_RANK)
     refuse(name == "cpu" and amp == "fp16", "--amp fp16 needs a GPU: use bf16 or off on a CPU")
     return name
 
@@ -1766,10 +1923,13 @@ def parse_args(argv):
         refuse(flag in given and others, f"--{flag} {why}: drop {others}")
 
     refuse_beside("resume", CHANGEABLE, "goes on with the run's own settings")
-    sampling = {"checkpoint", "out", "method", "sampling_steps", "eta", "seed", "batch_size", "device", "amp"}
-    refuse_beside("generate", sampling, "trains nothing")
+    sampling = {"checkpoint", "out", "method", "sampling_steps", "eta", "seed", "batch_size"}
+    refuse_beside("generate", sampling | {"device", "amp", "compile"}, "trains nothing")
     refuse_beside("report", {"out"}, "trains nothing")
     refuse(("generate" in given) != ("checkpoint" in given), "--generate N and --checkpoint FILE go together")
+    refuse(
+        PROCESSES > 1 and (args.generate or args.report), "torchrun is for training: start this one without"
+    )
     fixed = args.method == "ddpm" and given & {"sampling_steps", "eta"}
     refuse(fixed, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
 
@@ -1812,6 +1972,24 @@ def parse_args(argv):
     return args, given
 
 
+def resume(args, given):
+    """Go on with the run in args.resume, which rank 0 alone needs to have."""
+    folder = Path(args.resume)
+
+    def read():
+        checkpoint = load_checkpoint(folder / "checkpoint.pt")
+        return checkpoint, rows_until(checkpoint["step"], folder / "metrics.csv")
+
+    checkpoint, rows = of_rank_0(read)
+    changed = {name: vars(args)[name] for name in given & CHANGEABLE}
+    settings = vars(make_parser().parse_args([])) | checkpoint["args"] | changed
+    settings["device"] = usable_device(settings["device"], settings["amp"])
+    steps = settings["steps"]
+    finished = rows and rows[-1].startswith(f"{steps},")
+    refuse(finished, f"--resume {folder}: has done all of its {steps} steps")
+    train(argparse.Namespace(**settings), folder, checkpoint, rows)
+
+
 def main(argv=None):
     """Exit status: 0; 2 for what the user can mend; 1 for a failing disk or a diverging run; 128 + signal."""
     try:
@@ -1820,36 +1998,40 @@ def main(argv=None):
             report(args.report, args.out)
         elif args.generate:
             generate(args)
-        elif args.resume is not None:
-            folder = Path(args.resume)
-            checkpoint = load_checkpoint(folder / "checkpoint.pt")
-            rows = rows_until(checkpoint["step"], folder / "metrics.csv")
-            changed = {name: vars(args)[name] for name in given & CHANGEABLE}
-            settings = vars(make_parser().parse_args([])) | checkpoint["args"] | changed
-            settings["device"] = usable_device(settings["device"], settings["amp"])
-            steps = settings["steps"]
-            finished = rows and rows[-1].startswith(f"{steps},")
-            refuse(finished, f"--resume {folder}: has done all of its {steps} steps")
-            train(argparse.Namespace(**settings), folder, checkpoint, rows)
         else:
-            train(args)
+            join_processes()
+            if args.resume is not None:
+                resume(args, given)
+            else:
+                train(args)
+            average_over_processes(torch.zeros(()))  # the others wait for rank 0's last figures
     except UserError as error:
-        print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
+        if LOCAL_RANK == 0:  # the others on this machine met the same
+            print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except (OSError, FloatingPointError) as error:  # such as a full disk
         print("speedup_diffusion.py:", *str(error).splitlines(), file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         too_little = "out of memory", "not enough memory", "can't allocate memory"  # torch, on GPU and CPU
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in too_little):
+        if isinstance(error, MemoryError) or any(text in str(error) for text in too_little):
+            problem = "out of memory: lower --batch-size, --width or --image-size"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            problem = f"torch.compile does not work here ({one_line(error)}): use --compile off"
+        elif PROCESSES > 1 and any(text in str(error) for text in ("gloo", "NCCL", "onnection")):
+            problem = f"rank {RANK} lost another process, whose message says why"
+        else:
             raise
-        advice = "lower --batch-size, --width or --image-size"
-        print(f"speedup_diffusion.py: out of memory: {advice}", file=sys.stderr)
+        print(f"speedup_diffusion.py: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         number, kept = stop.args or (signal.SIGINT, "")
-        print(f"\nstopped{kept}", file=sys.stderr)
+        if RANK == 0:
+            print(f"\nstopped{kept}", file=sys.stderr)
         return 128 + number
+    finally:
+        if TORCHRUN and distributed.is_initialized():
+            distributed.destroy_process_group()
     return 0
 
 

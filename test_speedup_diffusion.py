@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -20,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from torchvision.transforms.functional import to_tensor
 import speedup_diffusion as sd
 
 SCHEDULES = [(schedule, T) for schedule in ("linear", "cosine", "quad") for T in (100, 1000)]
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 on_every_schedule = pytest.mark.parametrize("schedule, T", SCHEDULES)
 
 
@@ -1028,6 +1031,74 @@ def test_training_learns(here):
     assert last < 0.8 * first, (first, last)
 
 
+def test_the_last_line_tells_images_per_second_and_memory(here, capsys):
+    begin = time.perf_counter()
+    assert sd.main([*TINY, "--steps", "60", "--eval-every", "60"]) == 0
+    seconds = time.perf_counter() - begin
+    line = capsys.readouterr().out.splitlines()[-1]
+    pattern = r"(\S+) images/s, peak memory (\S+) GiB(, \S+% of the \d+ TFLOP/s .*)?"
+    speed, memory, _ = re.fullmatch(pattern, line).groups()
+    rows = {int(row["step"]): float(row["seconds"]) for row in metrics("runs/digits-uniform")}
+    assert float(speed) == pytest.approx(35 * 16 / (rows[60] - rows[25]), rel=1e-2)  # since the first row
+    assert float(speed) > 60 * 16 / seconds and 0.05 < float(memory) < 100
+
+
+def test_flops_are_those_of_every_convolution_product_and_attention():
+    args = settings("--image-size", "16", "--width", "32", "--mults", "1", "2", "--attention", "4")
+    model, counted = awake(sd.build_model(args, 3)[0]), []
+
+    def count(module, inputs, output):
+        if isinstance(module, nn.Conv2d):
+            counted.append(output.numel() * module.weight[0].numel())
+        elif isinstance(module, nn.Linear):
+            counted.append(output.numel() * module.in_features)
+        elif isinstance(module, sd.SelfAttention):  # q k' and the product with v
+            counted.append(2 * output.shape[1] * (output.shape[2] * output.shape[3]) ** 2)
+
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
+    model(torch.randn(1, 3, 16, 16), torch.zeros(1))
+    assert len(hooks) > 20
+    # Forward, and twice that backward, where the first layers have no input to send a gradient to; attention
+    # is taken again in its backward pass by some kernels.
+    assert sd.flops_per_image(args, 3) == pytest.approx(3 * 2 * sum(counted), rel=0.03)
+
+
+def test_samples_come_in_batches_of_one_size(here):
+    diffusion, sizes = sd.GaussianDiffusion("linear", 50), set()
+
+    def model(x_t, t):
+        sizes.add(len(x_t))
+        return torch.zeros_like(x_t)
+
+    for count, size in ((10, 4), (512, 256), (300, 256), (64, 256), (1, 1)):
+        sizes.clear()
+        batches = list(sd.draw_samples(model, diffusion, count, (1, 2, 2), settings(*TINY), 0, "", size))
+        assert sum(map(len, batches)) == count and len(sizes) == 1 and max(sizes) <= size
+
+
+def test_a_compiled_run_is_the_run(here, monkeypatch, pooled):
+    """Traced but not translated, and never traced anew beyond the limit, where torch.compile would give up."""
+    compiled, compile_call = [], torch.compile
+
+    def compile_eagerly(model, **options):
+        compiled.append(options)
+        return compile_call(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    options = [*TINY, "--strategy", "adaptive", "--adaptive-every", "2", "--dropout", "0.1"]
+    options += ["--fid-samples", "300", "--fid-every", "3", "--fid-features", pooled]
+    assert sd.main([*options, "--compile", "on", "--out", "compiled"]) == 0
+    assert compiled == [{"dynamic": False}] * 2  # the model and its average
+    assert sd.main([*options, "--out", "eager"]) == 0
+    assert len(compiled) == 2
+    one, two = checkpoint("compiled"), checkpoint("eager")
+    for name, weight in one["ema"].items():
+        assert torch.allclose(weight, two["ema"][name], atol=1e-5), name
+    generate = ["--generate", "3", "--checkpoint", "compiled/checkpoint.pt", "--device", "cpu"]
+    assert sd.main([*generate, "--compile", "on", "--sampling-steps", "2"]) == 0 and len(compiled) == 3
+
+
 def test_a_second_run_gets_its_own_folder(here):
     for _ in range(3):
         assert sd.main(TINY) == 0
@@ -1362,6 +1433,92 @@ def test_a_skipped_update_changes_no_weight():
     assert run.skipped == 1 and run.step == 2
     run.train_step()
     assert any(not torch.equal(before[name], weight) for name, weight in run.model.state_dict().items())
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=on_cuda)]
+
+
+def fp16_run(device, *options):
+    args = settings(*TINY, "--warmup", "1", "--momentum-decay", *options)
+    args.amp, args.device = "fp16", device
+    return sd.Training(args, sd.render_digits(64)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp16_skips_a_step_with_infinite_gradients_and_goes_on(device):
+    run = fp16_run(device)
+    run.train_step()
+    before, scale = copy.deepcopy(run.state_dict()), 2.0**80
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": scale})  # no gradient survives it in fp16
+    run.train_step()
+    after = run.state_dict()
+    assert_same_tensors(before["model"], after["model"])
+    assert {float(part["step"]) for part in after["optimizer"]["state"].values()} == {1.0}
+    assert run.scaler.get_scale() == scale / 2 and run.skipped == 0  # the loss itself was finite
+    group = run.optimizer.param_groups[0]  # the step counts, for momentum decay and for the average
+    assert run.step == 2 and group["betas"][0] == pytest.approx(sd.momentum_decay(1 / 6)[0])
+    lerp = [torch.lerp(x, y, 1 - 2 / 11) for x, y in zip(before["ema"].values(), after["model"].values())]
+    assert all(torch.allclose(x, y) for x, y in zip(lerp, after["ema"].values()))
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 1024.0})
+    run.train_step()
+    assert {float(p["step"]) for p in run.state_dict()["optimizer"]["state"].values()} == {2.0}
+    assert all(weight.isfinite().all() for weight in run.model.state_dict().values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fp16_goes_on_with_the_scale_it_had(device):
+    one, two = fp16_run(device), fp16_run(device)
+    one.scaler.load_state_dict(one.scaler.state_dict() | {"scale": 512.0})
+    for _ in range(3):
+        one.train_step()
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert two.scaler.get_scale() == 512.0 and two.scaler.state_dict()["_growth_tracker"] == 3
+    for run in (one, two):
+        run.train_step()
+    if device == "cpu":
+        assert_same_tensors(one.state_dict(), two.state_dict())
+
+
+@on_cuda
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("strategy", sd.STRATEGIES)
+def test_on_cuda_a_resumed_run_is_the_run_but_for_rounding(here, strategy, amp):
+    """What stays is the nondeterminism of kernels, which sum in no fixed order."""
+    options = [*TINY, "--strategy", strategy, "--adaptive-every", "2", "--amp", amp, "--device", "cuda"]
+    assert sd.main([*options, "--out", "unbroken"]) == 0
+    with signalled_at({4}):
+        assert sd.main([*options, "--out", "stopped"]) == 143
+    assert sd.main(["--resume", "stopped"]) == 0
+    one, two = (checkpoint(run)["model"] for run in ("unbroken", "stopped"))
+    assert all(torch.allclose(weight, two[name], rtol=1e-2, atol=1e-4) for name, weight in one.items())
+    one, two = ([float(row["loss"]) for row in metrics(run)] for run in ("unbroken", "stopped"))
+    assert one == pytest.approx(two, rel=1e-3)
+
+
+@on_cuda
+@pytest.mark.parametrize("strategy", sd.STRATEGIES)
+def test_no_step_waits_for_the_gpu(strategy):
+    args = settings(*TINY, "--strategy", strategy, "--adaptive-every", "1", "--device", "cuda", "--flip")
+    run = sd.Training(args, torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8))
+    run.train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            run.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_cuda
+def test_images_that_fill_the_gpu_stay_on_the_host(monkeypatch):
+    args = settings(*TINY, "--device", "cuda")
+    images = torch.randint(0, 256, (64, 1, 16, 16), dtype=torch.uint8)
+    near = sd.Training(args, images)
+    little = types.SimpleNamespace(total_memory=images.numel())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: little)
+    far = sd.Training(args, images)
+    assert near.images.is_cuda and not far.images.is_cuda
+    assert torch.equal(near.batch(), far.batch()) and far.batch().is_cuda
 
 
 @pytest.mark.parametrize("stop", [[], [9]])
@@ -1879,7 +2036,8 @@ CHOICES = ["", "x", "Uniform", "1"]
 SWITCHES = ["", "yes"]
 NAMES = ["", "x" * 5000, "nowhere", "no\nwhere"]
 BAD_VALUES = {
-    **dict.fromkeys(["--strategy", "--weighting", "--dataset", "--schedule", "--amp", "--method"], CHOICES),
+    **dict.fromkeys(["--strategy", "--weighting", "--dataset", "--schedule", "--method"], CHOICES),
+    **dict.fromkeys(["--amp", "--compile"], CHOICES),
     **dict.fromkeys(["--momentum-decay", "--flip", "--no-flip"], SWITCHES),
     **dict.fromkeys(["--speed-k", "--speed-tau", "--speed-lam"], NUMBERS),
     **dict.fromkeys(["--curriculum-mu", "--curriculum-sigma"], NUMBERS),
