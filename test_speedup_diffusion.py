@@ -2195,6 +2195,155 @@ def test_the_script_runs_as_a_script_and_stops_on_ctrl_c(here):
     assert err.splitlines()[-1].endswith(f"step {checkpoint(run)['step']}: --resume runs/digits-uniform")
 
 
+# Several processes: torchrun starts this file, and what follows looks at what its two ranks wrote
+
+SHARED = {
+    "uniform": ["--dropout", "0.2", "--flip"],
+    "logit-normal": ["--weighting", "min-snr"],
+    "speed": [],
+    "curriculum": ["--momentum-decay"],
+    "adaptive": ["--adaptive-every", "2", "--weighting", "p2"],
+}
+BROKEN = [*TINY, "--strategy", "adaptive", "--adaptive-every", "2", "--momentum-decay", "--steps", "8"]
+
+
+def start_torchrun(*argv):
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", *launch, *map(str, argv)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def one_of_two(folder):
+    """What each rank does: five steps of every strategy, and a run that is stopped by a signal and resumed."""
+    os.chdir(folder)
+    sd.join_processes()  # once for all runs: torch.distributed does not join twice
+    sd.join_processes = torch.distributed.destroy_process_group = lambda: None
+    sd.render_digits = functools.cache(sd.render_digits)
+    record, build, clip = {}, sd.Training.__init__, nn.utils.clip_grad_norm_
+    q_sample = sd.GaussianDiffusion.q_sample
+
+    def remember_run(self, *args):
+        build(self, *args)
+        record["run"] = self
+
+    def remember_batch(self, x0, t, noise):
+        record.setdefault("batch", (x0, t, noise))
+        return q_sample(self, x0, t, noise)
+
+    def remember_gradient(parameters, limit):
+        parameters = list(parameters)
+        if len(parameters) == len(list(record["run"].model.parameters())):  # and not the policy's
+            record.setdefault("gradient", [p.grad.clone() for p in parameters])
+        return clip(parameters, limit)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd.Training, "__init__", remember_run)
+        patch.setattr(sd.GaussianDiffusion, "q_sample", remember_batch)
+        patch.setattr(nn.utils, "clip_grad_norm_", remember_gradient)
+        for strategy, options in SHARED.items():
+            record.clear()
+            options = [*TINY, "--strategy", strategy, *options, "--steps", "5"]
+            with infinite_loss_at({3} if (strategy, sd.RANK) == ("speed", 1) else {}):
+                assert sd.main([*options, "--out", strategy]) == 0
+            state = record.pop("run").state_dict()
+            del state["args"], state["seconds"]
+            torch.save(record | {"state": state}, f"{strategy}-{sd.RANK}.pt")
+    assert sd.main([*BROKEN, "--out", "unbroken"]) == 0
+    with signalled_at({5} if sd.RANK else {}):  # rank 1 alone hears it
+        assert sd.main([*BROKEN, "--out", "stopped"]) == 143
+    if sd.RANK == 0:
+        shutil.copytree("stopped", "as-one")
+    assert sd.main(["--resume", "stopped"]) == 0
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    out, err = (process := start_torchrun(__file__, folder)).communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert out.count("on 2 x cpu") == len(SHARED) + 3  # rank 0 alone prints
+    return folder
+
+
+@pytest.mark.parametrize("strategy", sd.STRATEGIES)
+def test_after_five_steps_two_ranks_hold_the_same(two_ranks, strategy):
+    one, two = (torch.load(two_ranks / f"{strategy}-{rank}.pt", weights_only=True) for rank in (0, 1))
+    for part in (one, two):
+        part["state"]["losses"].nan_to_num_(-1)  # or it would differ from itself
+    assert_same_tensors(one["state"], two["state"])
+    assert one["state"]["step"] == 5 and one["state"]["drawn"].sum() == 5 * 16
+    assert one["state"]["skipped"] == (strategy == "speed")  # a loss of rank 1 alone was not finite
+    assert_same_tensors(dict(enumerate(one["gradient"])), dict(enumerate(two["gradient"])))
+    if strategy == "adaptive":
+        assert one["state"]["sampler"]["filled"] == 3
+
+
+@pytest.mark.parametrize("strategy", sd.STRATEGIES)
+def test_two_ranks_have_the_gradient_of_one_process_with_both_batches(two_ranks, strategy):
+    args = settings(*TINY, "--strategy", strategy, *SHARED[strategy], "--steps", "5", "--dropout", "0")
+    run = sd.Training(args, sd.load_dataset("digits", "data", 16)[0])
+    parts = [torch.load(two_ranks / f"{strategy}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    x0, t, noise = (torch.cat(both) for both in zip(*(part["batch"] for part in parts)))
+    # Shares of one batch, in its order, with draws of their own.
+    assert len(t) == 16 and not torch.equal(t[:8], t[8:]) and not torch.allclose(noise[:8], noise[8:])
+    if not args.flip:
+        assert torch.equal(x0, run.batch())
+    eps = run.model(run.diffusion.q_sample(x0, t, noise), t)
+    weights = sd.normalize_weights(run.raw_weights, run.sampler.probs)
+    (weights[t] * (eps - noise).square().flatten(1).mean(1)).mean().backward()
+    for p, gradient in zip(run.model.parameters(), parts[0]["gradient"]):
+        assert torch.allclose(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_resume_as_two_and_as_one(two_ranks, monkeypatch):
+    monkeypatch.chdir(two_ranks)
+    assert_same_run("unbroken", "stopped")
+    assert checkpoint("as-one")["step"] == 5
+    assert sd.main(["--resume", "as-one"]) == 0
+    assert [row["step"] for row in metrics("as-one")] == ["3", "6", "8"]
+    assert checkpoint("as-one")["drawn"].sum() == 8 * 16
+
+
+def test_a_rank_that_dies_ends_the_run(here):
+    process = start_torchrun(sd.__file__, *TINY, "--steps", "100000", "--out", "run")
+    deadline = time.monotonic() + 60
+    while not (Path("run/metrics.csv").exists() and metrics("run")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    # Rank 0 finds the other gone, or is told to stop by torchrun, whichever comes first.
+    assert process.returncode == 1
+    assert "rank 0 lost another process" in err or "stopped with the checkpoint of step" in err
+    assert checkpoint("run")["step"] >= 3
+
+
+def test_what_torchrun_cannot_do_is_refused_once(here):
+    process = start_torchrun(sd.__file__, "--batch-size", "15")
+    _, err = process.communicate(timeout=60)
+    message = "speedup_diffusion.py: error: --batch-size 15 must divide by 2, the processes\n"
+    assert process.returncode == 1 and err.count("speedup_diffusion.py") - err.count(sd.__file__) == 1
+    assert message in err and not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["--report", "run"], "torchrun is for training: start this one without"),
+        (["--generate", "1", "--checkpoint", "x.pt"], "torchrun is for training: start this one without"),
+        (["--device", "cuda:0"], "--device cuda:0: torchrun gives each process its own GPU; use cuda"),
+    ],
+)
+def test_one_process_does_what_is_not_training(here, capsys, monkeypatch, command, message):
+    monkeypatch.setattr(sd, "PROCESSES", 2)
+    monkeypatch.setattr(sd, "LOCAL_PROCESSES", 2)
+    assert sd.main(command) == 2
+    assert capsys.readouterr().err == f"speedup_diffusion.py: error: {message}\n"
+
+
 # Reliability, minutes long
 
 
@@ -2326,3 +2475,7 @@ def test_the_default_run_draws_legible_digits_in_five_minutes(here, capsys, opti
     with capsys.disabled():  # the README's table
         print(f"\n{' '.join(options)}: {seconds:.0f} s, {legible:.1%} legible, {metrics('run')[-1]}")
     assert len(samples) == 256 and seconds < 300 and legible >= 0.8
+
+
+if __name__ == "__main__":
+    one_of_two(sys.argv[1])
