@@ -2,19 +2,22 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: run test test-all compare
+.PHONY: run test test-all bench compare
 .DELETE_ON_ERROR:
 
 run: $(VENV)/installed
 	$(RUN) speedup_diffusion.py --strategy adaptive
 
 test: $(VENV)/installed
-	$(RUN) -m pytest $(MARKERS) -m "not slow" test_speedup_diffusion.py
+	$(RUN) -m pytest $(MARKERS) -m "not slow and not bench" test_speedup_diffusion.py
 
 test-all: $(VENV)/installed  # adds 20 kills, a long run and every default run: about 40 minutes on 2 cores
-	$(RUN) -m pytest $(MARKERS) test_speedup_diffusion.py
+	$(RUN) -m pytest $(MARKERS) -m "not bench" test_speedup_diffusion.py
 
-MARKERS = -o markers="slow: takes minutes; left out of make test"
+bench: $(VENV)/installed  # what each method costs: about 15 minutes on 2 cores, which should have nothing else to do
+	$(RUN) -m pytest $(MARKERS) -q -m bench test_speedup_diffusion.py
+
+MARKERS = -o markers="$$(printf 'slow: minutes long; not in make test\nbench: prints times; only in make bench')"
 
 # Every method on the digits with one budget, then the report: some five minutes a run on 2 cores.
 # make compare SEEDS="0 1"                               more than one seed

@@ -2477,5 +2477,89 @@ def test_the_default_run_draws_legible_digits_in_five_minutes(here, capsys, opti
     assert len(samples) == 256 and seconds < 300 and legible >= 0.8
 
 
+# Speed: `make bench` prints one table. Nothing is asserted of seconds, which vary from machine to machine.
+
+METHOD_COSTS = {  # name: flags, and at most how much longer a step than uniform's it should take
+    "uniform": ([], 1.0),
+    "uniform again": ([], 1.0),
+    "logit-normal": (["--strategy", "logit-normal"], 1.01),
+    "speed": (["--strategy", "speed"], 1.01),
+    "curriculum": (["--strategy", "curriculum"], 1.01),
+    "momentum decay": (["--momentum-decay"], 1.01),
+    "adaptive": (["--strategy", "adaptive"], 1.08),
+    "adaptive, probing all T": (["--strategy", "adaptive", "--adaptive-probe", "1000"], None),
+}
+# An update of the policy is rare: its cost is what a step with one takes longer than a step without.
+ADAPTIVE_EVERY, BLOCK = {"never": 10**9, "each block": 4}, 4
+SETUPS = {  # name: flags, rounds, methods
+    "cpu": {
+        "digits, batch 64": (["--batch-size", "64"], 60, list(METHOD_COSTS)),
+        "digits, batch 256": (["--batch-size", "256"], 40, list(METHOD_COSTS)),
+        "mnist, batch 64": (["--dataset", "mnist", "--batch-size", "64"], 12, ["uniform", "adaptive"]),
+        "mnist, batch 256": (["--dataset", "mnist", "--batch-size", "256"], 5, ["uniform", "adaptive"]),
+    },
+    "cuda": {
+        f"cifar10, batch {batch}, {amp}, compile {compiled}": (
+            ["--dataset", "cifar10", "--batch-size", batch, "--amp", amp, "--compile", compiled],
+            30,
+            list(METHOD_COSTS) if (amp, compiled) == ("bf16", "off") else ["uniform", "adaptive"],
+        )
+        for compiled in ("off", "on")
+        for amp in ("bf16", "fp16")
+        for batch in ("64", "256")
+    },
+}
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("setup", SETUPS["cuda" if torch.cuda.is_available() else "cpu"].items())
+def test_bench(setup, capsys):
+    """Interleaved blocks of steps, in random order; medians over the rounds."""
+    name, (flags, rounds, methods) = setup
+    args = settings(*flags)
+    channels = 3 if args.dataset == "cifar10" else 1
+    images = random_images(2_000, channels)
+    images = F.interpolate(images.float(), args.image_size).byte()
+    runs = {}
+    for method in methods:
+        for every, steps in ADAPTIVE_EVERY.items() if "adaptive" in method else [("never", 0)]:
+            options = [*flags, *METHOD_COSTS[method][0]] + (["--adaptive-every", "1000000"] if steps else [])
+            runs[method, every] = run = sd.Training(settings(*options), images)
+            for _ in range(BLOCK):  # compiles, warms up
+                run.train_step()
+            if steps:
+                run.sampler.every = steps
+    seconds = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key in random.sample(list(runs), len(runs)):
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(BLOCK):
+                runs[key].train_step()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            seconds[key].append((time.perf_counter() - begin) / BLOCK)
+
+    def cost(part):
+        medians = {key: statistics.median(values[part]) for key, values in seconds.items()}
+        for method in methods:
+            if "adaptive" in method:
+                probing = (medians[method, "each block"] - medians[method, "never"]) * BLOCK / 40
+                medians[method, "never"] += probing
+        base = medians["uniform", "never"]
+        return {method: (medians[method, "never"], medians[method, "never"] / base) for method in methods}
+
+    halves = [cost(slice(None, rounds // 2)), cost(slice(rounds // 2, None))]
+    with capsys.disabled():
+        print(f"\n| {name} | ms a step | images/s | of uniform's time | halves | goal |\n" + "|---" * 6 + "|")
+        for method, (per_step, ratio) in cost(slice(None)).items():
+            speed, goal = args.batch_size / per_step, METHOD_COSTS[method][1]
+            both = ", ".join(f"{half[method][1]:.3f}" for half in halves)
+            print(f"| {method} | {per_step * 1e3:.1f} | {speed:.0f} | {ratio:.3f} | {both} | {goal or '-'} |")
+        if args.device == "cuda":
+            print(sd.performance(runs["uniform", "never"], args.batch_size / cost(slice(None))["uniform"][0]))
+
+
 if __name__ == "__main__":
     one_of_two(sys.argv[1])
