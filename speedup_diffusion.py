@@ -379,6 +379,7 @@ class AdaptiveSampler:
     def _vlb_terms(self, model, x_t, t, noise, batch):
         training = model.training
         model.eval()  # no dropout, before and after
+        batch = min(batch, 64) if x_t.device.type == "cpu" else batch  # larger ones outgrow a CPU's cache
         parts = zip(x_t.split(batch), t.split(batch), noise.split(batch))
         mse = torch.cat([(model(x, s).float() - n).square().flatten(1).mean(1) for x, s, n in parts])
         model.train(training)

@@ -2490,13 +2490,14 @@ METHOD_COSTS = {  # name: flags, and at most how much longer a step than uniform
     "adaptive, probing all T": (["--strategy", "adaptive", "--adaptive-probe", "1000"], None),
 }
 # An update of the policy is rare: its cost is what a step with one takes longer than a step without.
-ADAPTIVE_EVERY, BLOCK = {"never": 10**9, "each block": 4}, 4
+ADAPTIVE_EVERY, BLOCK = {"never": 10**8, "each block": 4}, 4
+SMALL_MNIST = ["--dataset", "mnist", "--width", "32", "--num-blocks", "1"]  # ten times the digits' operations
 SETUPS = {  # name: flags, rounds, methods
     "cpu": {
-        "digits, batch 64": (["--batch-size", "64"], 60, list(METHOD_COSTS)),
-        "digits, batch 256": (["--batch-size", "256"], 40, list(METHOD_COSTS)),
-        "mnist, batch 64": (["--dataset", "mnist", "--batch-size", "64"], 12, ["uniform", "adaptive"]),
-        "mnist, batch 256": (["--dataset", "mnist", "--batch-size", "256"], 5, ["uniform", "adaptive"]),
+        "digits, batch 64": (["--batch-size", "64"], 50, list(METHOD_COSTS)),
+        "digits, batch 256": (["--batch-size", "256"], 24, list(METHOD_COSTS)),
+        "mnist, width 32, batch 64": ([*SMALL_MNIST, "--batch-size", "64"], 20, ["uniform", "adaptive"]),
+        "mnist, width 32, batch 256": ([*SMALL_MNIST, "--batch-size", "256"], 8, ["uniform", "adaptive"]),
     },
     "cuda": {
         f"cifar10, batch {batch}, {amp}, compile {compiled}": (
@@ -2517,29 +2518,30 @@ def test_bench(setup, capsys):
     """Interleaved blocks of steps, in random order; medians over the rounds."""
     name, (flags, rounds, methods) = setup
     args = settings(*flags)
-    channels = 3 if args.dataset == "cifar10" else 1
-    images = random_images(2_000, channels)
-    images = F.interpolate(images.float(), args.image_size).byte()
-    runs = {}
+    images = random_images(2_000, 3 if args.dataset == "cifar10" else 1)
+    run = sd.Training(args, F.interpolate(images.float(), args.image_size).byte())
+    built = {}  # one model for all: where its weights lie in memory alone can make 5%
     for method in methods:
-        for every, steps in ADAPTIVE_EVERY.items() if "adaptive" in method else [("never", 0)]:
-            options = [*flags, *METHOD_COSTS[method][0]] + (["--adaptive-every", "1000000"] if steps else [])
-            runs[method, every] = run = sd.Training(settings(*options), images)
-            for _ in range(BLOCK):  # compiles, warms up
-                run.train_step()
-            if steps:
-                run.sampler.every = steps
-    seconds = {key: [] for key in runs}
-    for _ in range(rounds):
-        for key in random.sample(list(runs), len(runs)):
+        for every, steps in ADAPTIVE_EVERY.items() if "adaptive" in method else [("never", 1)]:
+            options = settings(*flags, *METHOD_COSTS[method][0], "--adaptive-every", str(steps))
+            built[method, every] = (
+                options,
+                *sd.build_strategy(options, run.diffusion.alphas_cumprod, run.images.shape[1]),
+            )
+    seconds = {key: [] for key in built}
+    for number in range(rounds + 1):
+        for key in random.sample(list(built), len(built)):
+            run.args, run.sampler, run.raw_weights = built[key]
+            run.step = number * BLOCK
             if args.device == "cuda":
                 torch.cuda.synchronize()
             begin = time.perf_counter()
             for _ in range(BLOCK):
-                runs[key].train_step()
+                run.train_step()
             if args.device == "cuda":
                 torch.cuda.synchronize()
-            seconds[key].append((time.perf_counter() - begin) / BLOCK)
+            if number:  # the first round compiles and warms up
+                seconds[key].append((time.perf_counter() - begin) / BLOCK)
 
     def cost(part):
         medians = {key: statistics.median(values[part]) for key, values in seconds.items()}
@@ -2558,7 +2560,7 @@ def test_bench(setup, capsys):
             both = ", ".join(f"{half[method][1]:.3f}" for half in halves)
             print(f"| {method} | {per_step * 1e3:.1f} | {speed:.0f} | {ratio:.3f} | {both} | {goal or '-'} |")
         if args.device == "cuda":
-            print(sd.performance(runs["uniform", "never"], args.batch_size / cost(slice(None))["uniform"][0]))
+            print(sd.performance(run, args.batch_size / cost(slice(None))["uniform"][0]))
 
 
 if __name__ == "__main__":
