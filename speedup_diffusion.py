@@ -266,7 +266,7 @@ def average_over_processes(tensor):
 
 
 class AdaptiveSampler:
-    """Adaptive non-uniform sampling: a small policy learns which t lower the variational bound the most.
+    """Adaptive non-uniform sampling: a policy learns which t lower the bound most. With `average_over_processes`.
 
     A network pi(x0) gives (a, b) of a Beta distribution for each image; u ~ Beta(a, b), t = round(u (T - 1)).
     Every `every` training steps, on the batch just drawn, with Delta^t = L_t before the model's update minus
@@ -417,7 +417,7 @@ class AdaptiveSampler:
         x0, u = self._drawn
         with torch.enable_grad(), torch.autocast(x0.device.type, enabled=False):
             beta = torch.distributions.Beta(*self.concentrations(x0), validate_args=False)
-            floor = u.new_tensor(self.floor)
+            floor = torch.full_like(u[:1], self.floor)
             log_prob = torch.logaddexp(beta.log_prob(u) + torch.log1p(-floor), floor.log())
             loss = -(log_prob * reward).mean() - self.entropy * beta.entropy().mean()
             self.optimizer.zero_grad()
@@ -1070,17 +1070,30 @@ def performance(run, images_per_second):
     text, device = f"{images_per_second:.4g} images/s", run.device
     if device.type == "cuda":
         text += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
-        del run.optimizer  # the product below needs room
         torch.cuda.empty_cache()
-        rate = matrix_flops_per_second(device)
-        share = flops_per_image(run.args, run.images.shape[1]) * images_per_second / PROCESSES / rate
-        return f"{text}, {share:.1%} of the {rate / 1e12:.0f} TFLOP/s of bf16 matrix products on this GPU"
+        with contextlib.suppress(torch.OutOfMemoryError):  # where others use this GPU, too
+            rate = matrix_flops_per_second(device)
+            share = flops_per_image(run.args, run.images.shape[1]) * images_per_second / PROCESSES / rate
+            text += f", {share:.1%} of the {rate / 1e12:.0f} TFLOP/s of bf16 matrix products on this GPU"
+        return text
     with contextlib.suppress(ImportError):  # not on Windows
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
         text += f", peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
     return text
+
+
+def compile_in_place(args, *models):
+    """torch.compile of the models; with auto one that cannot be compiled is called as it is."""
+    config = torch._dynamo.config
+    config.suppress_errors = args.compile == "auto"
+    config.optimize_ddp = False  # it would cut the model into pieces
+    config.recompile_limit = (
+        16  # a graph for each size of a batch: of training, probes, samples, measurements
+    )
+    for model in models:
+        model.compile(dynamic=False)
 
 
 def make_autocast(args):
@@ -1177,7 +1190,7 @@ def generate(args):
     model.load_state_dict(checkpoint["ema"])
     model.eval()
     if args.compile == "on":
-        model.compile(dynamic=False)
+        compile_in_place(args, model)
     folder = new_folder(args.out, Path(args.checkpoint).parent / "generated", "000000.png")
     shape, first, done = (checkpoint["channels"], run.image_size, run.image_size), [], 0
     options = args, args.seed, "generating", args.batch_size or 256
@@ -1251,9 +1264,10 @@ class Signals:
 
     def agree(self):
         """The signal that any of the processes received, or None."""
+        if not TORCHRUN:
+            return self.received
         number = torch.tensor(self.received or 0)
-        if TORCHRUN:
-            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
         return number.item() or None
 
     def __exit__(self, *exception):
@@ -1284,14 +1298,9 @@ class Training:
         self.model, self.diffusion = build_model(args, images.shape[1])
         self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, images.shape[1])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        if (
-            args.compile == "on"
-            or args.compile == "auto"
-            and device.type == "cuda"
-            and args.steps >= COMPILE_FROM
-        ):
-            self.model.compile(dynamic=False)
-            self.ema.compile(dynamic=False)
+        long_on_gpu = device.type == "cuda" and args.steps >= COMPILE_FROM
+        if args.compile == "on" or (args.compile == "auto" and long_on_gpu):
+            compile_in_place(args, self.model, self.ema)
         # DDP averages the gradients; what else calls the model leaves it as it is.
         self.forward = DistributedDataParallel(self.model) if TORCHRUN else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -1466,6 +1475,8 @@ def loop(run, folder, held_out, distance, logged):
                         raise KeyboardInterrupt
                     if RANK == 0 and logs and step > logged:
                         signals.at_once = saved == step or not healthy
+                        if signals.received and signals.at_once:  # while the checkpoint was written
+                            raise KeyboardInterrupt
                         due = held_out if evaluates else None, distance if compares else None
                         row = write_row(run, folder, mean_loss, *due, signals)
                         bar.set_postfix(loss=f"{mean_loss:.4f}")
@@ -2005,13 +2016,16 @@ def main(argv=None):
                 resume(args, given)
             else:
                 train(args)
-            average_over_processes(torch.zeros(()))  # the others wait for rank 0's last figures
+            if TORCHRUN:  # after a failure nothing is waited for
+                average_over_processes(torch.zeros(()))  # rank 0's last figures
+                distributed.destroy_process_group()
     except UserError as error:
         if LOCAL_RANK == 0:  # the others on this machine met the same
             print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except (OSError, FloatingPointError) as error:  # such as a full disk
-        print("speedup_diffusion.py:", *str(error).splitlines(), file=sys.stderr)
+        if RANK == 0 or isinstance(error, OSError):
+            print("speedup_diffusion.py:", *str(error).splitlines(), file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         too_little = "out of memory", "not enough memory", "can't allocate memory"  # torch, on GPU and CPU
@@ -2020,7 +2034,7 @@ def main(argv=None):
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = f"torch.compile does not work here ({one_line(error)}): use --compile off"
         elif PROCESSES > 1 and any(text in str(error) for text in ("gloo", "NCCL", "onnection")):
-            problem = f"rank {RANK} lost another process, whose message says why"
+            problem = f"rank {RANK} lost another process, whose message says why ({one_line(error)})"
         else:
             raise
         print(f"speedup_diffusion.py: {problem}", file=sys.stderr)
@@ -2030,11 +2044,12 @@ def main(argv=None):
         if RANK == 0:
             print(f"\nstopped{kept}", file=sys.stderr)
         return 128 + number
-    finally:
-        if TORCHRUN and distributed.is_initialized():
-            distributed.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if TORCHRUN and status:
+        sys.stdout.flush()
+        os._exit(status)  # the end of an interpreter could wait for NCCL, which waits for the other processes
+    sys.exit(status)

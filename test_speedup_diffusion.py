@@ -1148,7 +1148,7 @@ def test_strategies_share_model_images_and_noise(here, monkeypatch):
 
 
 def settings(*argv):
-    return sd.parse_args([*argv, "--device", "cpu"])[0]
+    return sd.parse_args(["--device", "cpu", *argv])[0]
 
 
 def test_the_flags_of_each_method_reach_it():
@@ -1490,9 +1490,11 @@ def test_on_cuda_a_resumed_run_is_the_run_but_for_rounding(here, strategy, amp):
         assert sd.main([*options, "--out", "stopped"]) == 143
     assert sd.main(["--resume", "stopped"]) == 0
     one, two = (checkpoint(run)["model"] for run in ("unbroken", "stopped"))
-    assert all(torch.allclose(weight, two[name], rtol=1e-2, atol=1e-4) for name, weight in one.items())
-    one, two = ([float(row["loss"]) for row in metrics(run)] for run in ("unbroken", "stopped"))
-    assert one == pytest.approx(two, rel=1e-3)
+    # Adam makes steps of up to lr of gradients that are rounding alone.
+    assert all(torch.allclose(weight, two[name], rtol=1e-2, atol=5e-4) for name, weight in one.items())
+    for name in ("loss", "lr", "beta1", "val_mse", "val_vlb"):
+        one, two = ([float(row[name]) for row in metrics(run)] for run in ("unbroken", "stopped"))
+        assert one == pytest.approx(two, rel=1e-3), name
 
 
 @on_cuda
@@ -2322,7 +2324,7 @@ def test_a_rank_that_dies_ends_the_run(here):
 
 
 def test_what_torchrun_cannot_do_is_refused_once(here):
-    process = start_torchrun(sd.__file__, "--batch-size", "15")
+    process = start_torchrun(sd.__file__, "--batch-size", "15", "--device", "cpu")
     _, err = process.communicate(timeout=60)
     message = "speedup_diffusion.py: error: --batch-size 15 must divide by 2, the processes\n"
     assert process.returncode == 1 and err.count("speedup_diffusion.py") - err.count(sd.__file__) == 1
@@ -2512,11 +2514,16 @@ SETUPS = {  # name: flags, rounds, methods
 }
 
 
+BENCH = SETUPS["cuda" if torch.cuda.is_available() else "cpu"]
+
+
 @pytest.mark.bench
-@pytest.mark.parametrize("setup", SETUPS["cuda" if torch.cuda.is_available() else "cpu"].items())
+@pytest.mark.parametrize("setup", BENCH.items(), ids=list(BENCH))
 def test_bench(setup, capsys):
-    """Interleaved blocks of steps, in random order; medians over the rounds."""
+    """Interleaved blocks of steps, in random order."""
     name, (flags, rounds, methods) = setup
+    flags = ["--device", "cuda" if torch.cuda.is_available() else "cpu", *flags]
+    torch.compiler.reset()
     args = settings(*flags)
     images = random_images(2_000, 3 if args.dataset == "cifar10" else 1)
     run = sd.Training(args, F.interpolate(images.float(), args.image_size).byte())
@@ -2543,24 +2550,32 @@ def test_bench(setup, capsys):
             if number:  # the first round compiles and warms up
                 seconds[key].append((time.perf_counter() - begin) / BLOCK)
 
-    def cost(part):
-        medians = {key: statistics.median(values[part]) for key, values in seconds.items()}
-        for method in methods:
-            if "adaptive" in method:
-                probing = (medians[method, "each block"] - medians[method, "never"]) * BLOCK / 40
-                medians[method, "never"] += probing
-        base = medians["uniform", "never"]
-        return {method: (medians[method, "never"], medians[method, "never"] / base) for method in methods}
+    base = seconds["uniform", "never"]
 
-    halves = [cost(slice(None, rounds // 2)), cost(slice(rounds // 2, None))]
+    def cost(method, part):
+        """Of uniform's time in the same round, the median: the pace of a machine changes from minute to minute."""
+        never, always = (
+            statistics.median(own / uniform for own, uniform in zip(seconds[method, every][part], base[part]))
+            for every in (ADAPTIVE_EVERY if "adaptive" in method else ["never", "never"])
+        )
+        return never + (always - never) * BLOCK / 40  # of 40 steps one updates the policy
+
+    half = rounds // 2
     with capsys.disabled():
-        print(f"\n| {name} | ms a step | images/s | of uniform's time | halves | goal |\n" + "|---" * 6 + "|")
-        for method, (per_step, ratio) in cost(slice(None)).items():
-            speed, goal = args.batch_size / per_step, METHOD_COSTS[method][1]
-            both = ", ".join(f"{half[method][1]:.3f}" for half in halves)
-            print(f"| {method} | {per_step * 1e3:.1f} | {speed:.0f} | {ratio:.3f} | {both} | {goal or '-'} |")
+        if setup == next(iter(BENCH.items())):
+            print(
+                "\n| setup | method | images/s | of uniform's time | in each half | goal |\n"
+                + "|---" * 6
+                + "|"
+            )
+        for method in methods:
+            ratio, *halves = (cost(method, part) for part in (slice(None), slice(half), slice(half, None)))
+            speed, goal = args.batch_size / statistics.median(base) / ratio, METHOD_COSTS[method][1] or "-"
+            print(
+                f"| {name} | {method} | {speed:.0f} | {ratio:.3f} | {halves[0]:.3f}, {halves[1]:.3f} | {goal} |"
+            )
         if args.device == "cuda":
-            print(sd.performance(run, args.batch_size / cost(slice(None))["uniform"][0]))
+            print(sd.performance(run, args.batch_size / statistics.median(base)))
 
 
 if __name__ == "__main__":
