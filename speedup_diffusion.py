@@ -825,10 +825,8 @@ def save_pngs(images, folder, first=0):
 def draw_samples(model, diffusion, count, shape, args, seed, title, batch_size=256):
     """Yields count images of shape (C, H, W) in [-1, 1], a batch at a time, as args sample; seed fixes them."""
     generator = torch.Generator().manual_seed(seed)
-    batch = (
-        math.ceil(count / math.ceil(count / batch_size)),
-        *shape,
-    )  # all alike: a compiled model has one size
+    # All batches are alike: a model is compiled for one size.
+    batch = math.ceil(count / math.ceil(count / batch_size)), *shape
     with tqdm(total=count, unit="img", desc=title, leave=False) as bar:
         while bar.n < count:
             images = diffusion.sample(model, batch, args.method, args.sampling_steps, args.eta, generator)
@@ -1089,9 +1087,7 @@ def compile_in_place(args, *models):
     config = torch._dynamo.config
     config.suppress_errors = args.compile == "auto"
     config.optimize_ddp = False  # it would cut the model into pieces
-    config.recompile_limit = (
-        16  # a graph for each size of a batch: of training, probes, samples, measurements
-    )
+    config.recompile_limit = 16  # one graph for each size of a batch: training, probes, samples, measurements
     for model in models:
         model.compile(dynamic=False)
 
@@ -1289,10 +1285,8 @@ class Training:
         """images: uint8 [N, C, H, W], on the CPU: they move to the device, unless they fill too much of it."""
         self.args, self.order, self.device = args, None, torch.device(args.device)
         device = self.device
-        limit = (
-            torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else math.inf
-        )
-        self.images = images if images.numel() > limit else images.to(device)
+        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        self.images = images if gpu and images.numel() > gpu.total_memory / 4 else images.to(device)
         self.autocast, self.fp16 = make_autocast(args)
         torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
         self.model, self.diffusion = build_model(args, images.shape[1])
@@ -1492,18 +1486,15 @@ def loop(run, folder, held_out, distance, logged):
                 raise
             kept = f" with the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
             raise KeyboardInterrupt(signals.received or stop or signal.SIGINT, kept) from error
-    (since, seconds) = timed[-1] if timed[-1][0] < args.steps else timed[0]
-    return row, (args.steps - since) * args.batch_size / (
-        run.seconds - seconds
-    ) if since < args.steps else None
+    since, seconds = timed[-1] if timed[-1][0] < args.steps else timed[0]
+    images = (args.steps - since) * args.batch_size
+    return row, images / (run.seconds - seconds) if images else None
 
 
 def train(args, folder=None, checkpoint=None, rows=()):
     """Train as args say: from the start into a new folder, or on from a checkpoint and its rows in its own."""
-    refuse(
-        args.batch_size % PROCESSES,
-        f"--batch-size {args.batch_size} must divide by {PROCESSES}, the processes",
-    )
+    uneven = args.batch_size % PROCESSES
+    refuse(uneven, f"--batch-size {args.batch_size} must divide by {PROCESSES}, the processes")
     if RANK == 0:
         refuse_full_disk(args, folder)
     for turn in range(3):  # rank 0, then one on each other machine, then the rest: a download is made once
