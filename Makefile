@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: run test test-all bench compare
+.PHONY: run test test-all bench check compare
 .DELETE_ON_ERROR:
 
 run: $(VENV)/installed
@@ -16,6 +16,11 @@ test-all: $(VENV)/installed  # adds 20 kills, a long run and every default run: 
 
 bench: $(VENV)/installed  # what each method costs: about 15 minutes on 2 cores, which should have nothing else to do
 	$(RUN) -m pytest $(MARKERS) -q -m bench test_speedup_diffusion.py
+
+check: $(VENV)/check  # style and types
+	$(RUN) -m ruff check --line-length 110 .
+	$(RUN) -m ruff format --check --line-length 110 .
+	$(RUN) -m mypy --ignore-missing-imports speedup_diffusion.py
 
 MARKERS = -o markers="$$(printf 'slow: minutes long; not in make test\nbench: prints times; only in make bench')"
 
@@ -60,6 +65,10 @@ $(RESULTS)/digits.ts: | $(VENV)/installed
 
 $(VENV)/matplotlib: $(VENV)/installed
 	$(RUN) -m pip install --quiet matplotlib
+	touch $@
+
+$(VENV)/check: $(VENV)/installed
+	$(RUN) -m pip install --quiet ruff mypy
 	touch $@
 
 $(VENV)/installed: requirements.txt
