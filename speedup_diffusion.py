@@ -9,11 +9,14 @@
     python speedup_diffusion.py --report runs/digits-uniform runs/digits-speed  # which is faster, by how much
     torchrun --nproc_per_node=8 speedup_diffusion.py --dataset cifar10  # eight GPUs
 
-Measured, 2 CPU cores, 2 seeds, two small problems: SpeeD needs 2.5 and 1.2 times fewer steps than uniform timesteps
-to the same Frechet distance; the other three gain nothing (README). Contents: 1 Forward process, 2 Accelerations,
-3 U-Net, 4 Sampling, 5 Data, 6 Evaluation, 7 Training, 8 Report, 9 Command line. Throughout: T timesteps, t in 0..T-1,
-t = 0 the least noisy; images are float in [-1, 1], [B, C, H, W]; x0 is a clean image, x_t a noisy one, eps the noise
-in it; ab is short for alphas_cumprod [T].
+Contents: 1 Forward process   2 Accelerations   3 U-Net   4 Sampling   5 Data   6 Evaluation   7 Training
+8 Report   9 Command line
+
+Measured on two CPU cores and two small problems, 2 seeds each: SpeeD reaches uniform sampling's last Frechet
+distance in 2.5 and 1.2 times fewer steps, the other three gain nothing. Nothing was measured on a GPU (README).
+
+T: number of timesteps, t in 0..T-1, t = 0 the least noisy. ab: alphas_cumprod [T]. Images: float in [-1, 1],
+[B, C, H, W]. x0: a clean image; x_t: a noisy one; eps (epsilon): the noise in it.
 """
 
 import argparse
@@ -61,14 +64,15 @@ PROCESSES, LOCAL_PROCESSES = int(TORCHRUN.get("WORLD_SIZE", "1")), int(TORCHRUN.
 class ForwardProcess:
     """q(x_t | x0) = N(sqrt(ab_t) x0, (1 - ab_t) I): all of diffusion that training needs.
 
-    schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear in
-    sqrt(beta)), both times 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
+    schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear
+    in sqrt(beta)), both times 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
     arXiv:2102.09672). No beta exceeds 0.999. ValueError: an unknown schedule, or timesteps < 1.
 
     betas, alphas_cumprod: float32 [T], on device.
-    vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the fixed
-    variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the variational bound's term
-    at t that depends on the model, in bits per dimension (at t = 0 of a KL, not of the DDPM paper's likelihood).
+    vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the
+    fixed variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the variational
+    bound's term at t that depends on the model, in bits per dimension (at t = 0 of a KL, not of the DDPM
+    paper's likelihood).
     """
 
     def __init__(self, schedule: str = "linear", timesteps: int = 1000, device: str = "cpu"):
@@ -107,11 +111,12 @@ class ForwardProcess:
 
 
 # 2 Accelerations --------------------------------------------------------------------------------------------
-# A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with any
-# weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64 timesteps [B]
-# on x0's device, drawn from torch's global generator. A piece needs math and torch alone, and what its docstring's
-# first line names. "Measured" is ours: how many times fewer steps than uniform timesteps it took to uniform's last
-# Frechet distance, on rendered digits (1,600 steps) and on CIFAR-10 shrunk to 16x16 (600 steps), mean of 2 seeds.
+# A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with
+# any weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64
+# timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece: it needs math, torch and
+# what its docstring's first line names. "Measured": our own figure, how many times fewer steps than uniform
+# timesteps it took to uniform's last Frechet distance, first on rendered digits (1,600 steps), then on CIFAR-10
+# images shrunk to 16x16 (600 steps), mean of 2 seeds, two CPU cores; the README has the ranges.
 
 
 class UniformSampler:
@@ -146,13 +151,13 @@ class SpeeDSampler:
 
         P(t) = k / (T + tau (k - 1))  for t < tau,    1 / (T + tau (k - 1))  for t >= tau
 
-    Source: Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model Training",
-    arXiv:2405.17403 (CVPR 2025). Formula and defaults, k = 5 and tau = 700 (linear schedule, T = 1000), are those
-    of the authors' code. tau=None is our rule for any schedule: the number of timesteps with ab >= 0.0069, which
-    is 700 on that one. SpeeD is this sampler together with `change_aware_weights`.
-    The authors' code also draws half of each batch as the mirror image of the other half about a step near 642,
-    which changes P(t); left out here.
-    Cost: none. Measured: 2.5 and 1.2 with those weights; 1.8 and 1.1 without. Helps less the shorter the run.
+    Source: Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model
+    Training", arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are
+    those of the authors' code. tau=None is our rule for any schedule: the number of timesteps with ab >= 0.0069,
+    which is 700 on that one. SpeeD is this sampler together with `change_aware_weights`.
+    The authors' code also draws half of each batch as the mirror image of the other half about a step near
+    642, which changes P(t); left out here.
+    Cost: none. Measured: 2.5 and 1.2 with those weights; 1.8 and 1.1 without.
     alphas_cumprod: [T]. ValueError: k < 1, or tau outside 1..T.
     """
 
@@ -175,13 +180,13 @@ class CurriculumSampler:
         p_n(t) = (1 - gamma_n) / T + gamma_n N(t; mu T, sigma T),    gamma_n = min(1, n / total_steps)
 
     with the Gaussian normalised over 0..T-1 and n the training step.
-    Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency Phenomenon",
-    arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the formula and
-    mu = 0.3 (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the paper's value is not
-    known to us). Ours: gamma reaches 1 at the end of the run. SpeeD's repository has a CLTS whose exponent,
-    -(t - mu)^2 / 2 * T^2, makes the Gaussian a spike at one t; not used here.
-    Cost: none. Measured: no gain on the digits, on CIFAR-10 1.1 with one seed and none with the other; a narrower
-    Gaussian (sigma 0.25) was better. `probs` is that of the last step. ValueError: sigma <= 0, total_steps < 1.
+    Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency
+    Phenomenon", arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand:
+    the formula and mu = 0.3 (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the
+    paper's value is not known to us). Ours: gamma reaches 1 at the end of the run. SpeeD's repository has a
+    CLTS whose exponent, -(t - mu)^2 / 2 * T^2, makes the Gaussian a spike at one t; not used here.
+    Cost: none. Measured: no gain on the digits, on CIFAR-10 1.08 with one seed and none with the other.
+    `probs` is that of the last step sampled. ValueError: sigma <= 0, total_steps < 1.
     """
 
     def __init__(self, timesteps: int, total_steps: int, mu: float = 0.3, sigma: float = 0.5):
@@ -211,27 +216,30 @@ class AdaptiveSampler:
     """Adaptive non-uniform sampling: a policy learns which t lower the bound most. With `average_over_processes`.
 
     A network pi(x0) gives (a, b) of a Beta distribution for each image; u ~ Beta(a, b), t = round(u (T - 1)).
-    Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after it,
-    L_t being the variational bound's term at t in bits per dimension:
+    Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after
+    it, L_t being the variational bound's term at t in bits per dimension:
       1. Delta^t of ONE image at `probe` evenly spaced timesteps, and their sum, enter a queue of `queue` rows;
       2. Delta^t of EVERY image at the `selected` timesteps S gives its reward, the sum over S of Delta^t;
       3. REINFORCE: loss = -mean(log p(u_i) reward_i) - entropy mean(H_i), one Adam step of the policy;
       4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2).
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
-    Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling", arXiv:2411.09998 (CVPR 2025). Network and defaults
-    (every 40 steps, |S| = 3, queue 20, Adam with lr 1e-2, gradient norm 1, entropy 1e-2): authors' code.
-    Differs from it: before and after share x_t and noise, so that Delta shows the update and not the draw; step 1
-    probes 100 timesteps and not all T (probe=T does); r^2 ranks as their F score does; Delta^t is vlb_coefficients
-    times the fall of the epsilon-MSE, the same thing when the variance is fixed to beta_t; S may change from the
-    third probe on; adaptive pooling, for images of any size; a share `floor` of u is uniform: no t dies out.
-    Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the policy:
-    11% of a step for a U-Net of 0.6M parameters at batch 64 and 256, 3% to 10% for one with ten times the operations.
-    Measured: no gain on the digits (though the lowest bound, its reward), 1.03 in steps and 0.98 in time on CIFAR-10.
+    Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling", arXiv:2411.09998 (CVPR 2025). Network and
+    defaults (every 40 steps, |S| = 3, queue 20, Adam with lr 1e-2, gradient norm 1, entropy 1e-2) are those of
+    the authors' code.
+    Differs from it: before and after share x_t and noise, so that Delta shows the update and not the draw;
+    step 1 probes 100 timesteps and not all T (probe=T does); r^2 ranks as their F score does; Delta^t is
+    vlb_coefficients[t] times the fall of the epsilon-MSE, the same thing when the variance is fixed to beta_t;
+    S may change from the third probe on; adaptive pooling, for images of any size; a share `floor` of u is
+    uniform, so that no t dies out.
+    Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
+    policy at every step: 11% of uniform's time with a U-Net of 0.64M parameters, at batch 64 and 256; less with
+    a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps and 0.98 in
+    time on CIFAR-10.
 
-    `probs` is the mixture over the images of the batch of the last policy update. The model, model(x_t, t) -> eps, is
-    measured in eval mode. With several processes each has its own images, and all keep the same policy, queue, S and
-    `probs`; a probe is then the mean over one image of each. alphas_cumprod: [T], on the images' device.
+    alphas_cumprod: [T], on the images' device. model: an nn.Module, model(x_t, t) -> eps, measured in eval mode.
+    `probs` is the mixture over the images of the last policy update. With several processes each has its own
+    images, and all keep the same policy, queue, S and `probs`; a probe is the mean over one image of each.
     ValueError: fewer timesteps than `selected`, or a number that makes no sense.
     """
 
@@ -395,9 +403,9 @@ def change_aware_weights(alphas_cumprod: torch.Tensor, lam: float = 0.6) -> torc
 
         g = gradient of (1 - ab) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam    [T]
 
-    Source: Wang et al., arXiv:2405.17403. lam = 0.6: authors' code, which sets the weight to 1 for t >= tau; this
-    is the formula as third parties read it, on all t. Cost: none. Measured alone: 1.1 and 1.05; with SpeeDSampler
-    lam = 0.8 gave 3.9 and 1.3, where 0.6 gave 2.5 and 1.2.
+    Source: Wang et al., arXiv:2405.17403. lam = 0.6: authors' code, which sets the weight to 1 for t >= tau;
+    this is the formula as third parties read it, on all t. Cost: none. Measured alone: 1.1 and 1.05; with
+    SpeeDSampler lam = 0.8 gave 3.9 and 1.3, where 0.6 gave 2.5 and 1.2.
     alphas_cumprod: [T], T >= 3. ValueError: lam outside [0.5, 1], or T < 3.
     """
     if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 3:
@@ -437,10 +445,11 @@ def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
 
         beta1(s) = b (1 - s) / ((1 - b) + b (1 - s)),    lr_scale(s) = (1 - b) / (1 - beta1(s)) = 1 - b s
 
-    Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1) stays
-    constant, so that updates are not amplified. Write both into the optimiser's param_groups at every step.
-    Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand:
-    the compensation and b = 0.9. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952).
+    Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1)
+    stays constant, so that updates are not amplified. Write both into param_groups at every step, of an
+    optimiser of the Adam family: there a new gradient enters with 1 - beta1.
+    Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found.
+    Second-hand: the compensation and b = 0.9. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952).
     Cost: none. Measured: slower than without on both problems: lr falls linearly to a tenth, too.
     ValueError: beta1 outside [0, 1).
     """
@@ -503,10 +512,10 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """DDPM's U-Net: model(x_t [B, C, H, W], t int64 [B]) -> eps [B, C, H, W].
 
-    Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way up,
-    at half the resolution of level i - 1. attention: the resolutions (sides of feature maps, images being square,
-    of image_size) with self-attention; unless empty, the middle has it too. patch: images are folded to 1/patch of
-    their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
+    Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way
+    up, at half the resolution of level i - 1. attention: the resolutions (sides of feature maps, images being
+    square, of image_size) with self-attention; unless empty, the middle has it too. patch: images are folded
+    to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
     ValueError: an odd width, or an image_size that patch and the levels do not divide.
     """
 
@@ -761,8 +770,8 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def evaluate(model, diffusion, images: torch.Tensor, count: int = 1024) -> tuple[float, float]:
     """(val_mse, val_vlb) of model on held-out uint8 images, with evenly spaced t and fixed noise.
 
-    val_mse: epsilon-MSE, mean over t. val_vlb: sum over t of vlb_coefficients[t] times the MSE at t, in bits per
-    dimension: the part of the variational bound that depends on the model, without its constants.
+    val_mse: epsilon-MSE, mean over t. val_vlb: sum over t of vlb_coefficients[t] times the MSE at t, in bits
+    per dimension: the part of the variational bound that depends on the model, without its constants.
     """
     device, generator, errors = images.device, torch.Generator().manual_seed(0), []
     which = torch.arange(count, device=device) % len(images)
@@ -797,8 +806,9 @@ def save_pngs(images, folder, first=0):
 class FrechetDistance:
     """FID by clean-fid: how far the features of samples are from those of the training images, as Gaussians.
 
-    features: None for InceptionV3, or a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D] at the
-    images' own size; that figure is not FID, and `name` says so. TorchScript runs code: open your own files.
+    features: None for InceptionV3, or a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D] at
+    the images' own size; that figure is not FID, and `name` says so. TorchScript runs code: open your own
+    files.
     reference: (mu [D], sigma [D, D]) of the training images: from the file `saved` where it exists; else for
     published_cifar10 with InceptionV3 those of clean-fid; else measured from images, uint8 [N, C, H, W].
     Opens and tries all of it at once. UserError: what cannot be had, and what to do.
@@ -970,9 +980,10 @@ def to_device(tensor, device):
 class Training:
     """A run: all that its checkpoint holds, and one step. All of it is the same in every process.
 
-    All randomness of a step follows from the seed and the step, so a checkpoint needs no generator: a resumed run
-    draws what the unbroken one would. Every strategy sees the same images, flips and noise: they are drawn first.
-    Of several processes each takes its share of the batch, with noise, timesteps and dropout of its own.
+    All randomness of a step follows from the seed and the step, so a checkpoint needs no generator: a resumed
+    run draws what the unbroken one would. Every strategy sees the same images, flips and noise: they are
+    drawn first. Of several processes each takes its share of the batch, with noise, timesteps and dropout of
+    its own.
     """
 
     def __init__(self, args, images: torch.Tensor):
@@ -1223,7 +1234,8 @@ def train(args, folder=None, checkpoint=None, rows=()):
         shape, before = "x".join(map(str, images.shape[1:])), len(rows)
         millions = sum(p.numel() for p in run.model.parameters()) / 1e6
         print(f"{folder}: {len(images)} images {shape} to train on, {len(held_out)} held out")
-        print(f"U-Net of {millions:.2f}M parameters on {PROCESSES} x {args.device}")
+        where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
+        print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
         loop(run, folder, rows, held_out.to(args.device), distance)
     last, first = rows[-1], rows[min(before, len(rows) - 2)] if len(rows) > 1 else {"step": 0, "seconds": 0}
     figures = f"val_mse {last['val_mse']}, val_vlb {last['val_vlb']} bits per dimension"
@@ -1524,7 +1536,8 @@ def draw_methods(figure, groups, fid):
     for path in [path for path in adaptive if path.is_file()][:1]:
         counts = load_checkpoint(path)["drawn"][None].float()
         for part, shares in enumerate(F.adaptive_avg_pool2d(counts, (5, min(T, 50)))[0]):
-            drawn[f"drawn from {20 * part}% to {20 * part + 20}%"] = shares
+            if shares.any():
+                drawn[f"drawn from {20 * part}% to {20 * part + 20}%"] = shares
     for axis, (title, named) in zip(figure.subplots(2, 2).flat, lines.items()):
         for name, values in named.items():
             axis.plot((torch.arange(len(values)) + 0.5) * T / len(values), values / values.mean(), label=name)
