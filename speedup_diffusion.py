@@ -13,7 +13,7 @@ Contents: 1 Forward process   2 Accelerations   3 U-Net   4 Sampling   5 Data   
 8 Report   9 Command line
 
 Measured on two CPU cores and two small problems, 2 seeds each: SpeeD reaches uniform sampling's last Frechet
-distance in 2.5 and 1.2 times fewer steps, the other three gain nothing. Nothing was measured on a GPU (README).
+distance in 2.5 and 1.2 times fewer steps, the other three gain at most 1.08 (README). No GPU was at hand.
 
 T: number of timesteps, t in 0..T-1, t = 0 the least noisy. ab: alphas_cumprod [T]. Images: float in [-1, 1],
 [B, C, H, W]. x0: a clean image; x_t: a noisy one; eps (epsilon): the noise in it.
@@ -27,12 +27,14 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import sys
 import tempfile
@@ -59,6 +61,10 @@ RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", "0")), int(TORCHRUN.get("LOCAL_RANK"
 PROCESSES, LOCAL_PROCESSES = int(TORCHRUN.get("WORLD_SIZE", "1")), int(TORCHRUN.get("LOCAL_WORLD_SIZE", "1"))
 
 # 1 Forward process ------------------------------------------------------------------------------------------
+# Diffusion mixes noise into an image, little at t = 0, until at t = T - 1 nearly nothing else is left. A network
+# sees x_t and t and predicts the noise; the loss is the mean square error (MSE) of that. Sampling starts from
+# pure noise and steps back to t = 0. "The bound" is the variational bound on the likelihood: these MSEs, summed
+# over t with factors c_t. SNR, the signal-to-noise ratio, is ab / (1 - ab).
 
 
 class ForwardProcess:
@@ -114,9 +120,9 @@ class ForwardProcess:
 # A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with
 # any weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64
 # timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece: it needs math, torch and
-# what its docstring's first line names. "Measured": our own figure, how many times fewer steps than uniform
-# timesteps it took to uniform's last Frechet distance, first on rendered digits (1,600 steps), then on CIFAR-10
-# images shrunk to 16x16 (600 steps), mean of 2 seeds, two CPU cores; the README has the ranges.
+# what its docstring's first line names. "Measured" is our own figure: how many times fewer steps than uniform
+# timesteps it took to uniform's last Frechet distance (between samples and data, section 6), first on rendered
+# digits (1,600 steps), then on CIFAR-10 images shrunk to 16x16 (600 steps); mean of 2 seeds, on two CPU cores.
 
 
 class UniformSampler:
@@ -147,14 +153,14 @@ class LogitNormalSampler:
 
 
 class SpeeDSampler:
-    """SpeeD's asymmetric sampling: the last timesteps are nearly pure noise, so draw them k times less.
+    """SpeeD's asymmetric sampling: the last timesteps are nearly pure noise, so draw them k times less often.
 
         P(t) = k / (T + tau (k - 1))  for t < tau,    1 / (T + tau (k - 1))  for t >= tau
 
     Source: Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model
     Training", arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are
-    those of the authors' code. tau=None is our rule for any schedule: the number of timesteps with ab >= 0.0069,
-    which is 700 on that one. SpeeD is this sampler together with `change_aware_weights`.
+    those of the authors' code. tau=None is our rule for any schedule: the number of timesteps with ab >=
+    0.0069, which is 700 on that one. SpeeD is this sampler together with `change_aware_weights`.
     The authors' code also draws half of each batch as the mirror image of the other half about a step near
     642, which changes P(t); left out here.
     Cost: none. Measured: 2.5 and 1.2 with those weights; 1.8 and 1.1 without.
@@ -221,23 +227,24 @@ class AdaptiveSampler:
       1. Delta^t of ONE image at `probe` evenly spaced timesteps, and their sum, enter a queue of `queue` rows;
       2. Delta^t of EVERY image at the `selected` timesteps S gives its reward, the sum over S of Delta^t;
       3. REINFORCE: loss = -mean(log p(u_i) reward_i) - entropy mean(H_i), one Adam step of the policy;
-      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2).
+      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2, which
+         ranks as the authors' F score does).
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling", arXiv:2411.09998 (CVPR 2025). Network and
-    defaults (every 40 steps, |S| = 3, queue 20, Adam with lr 1e-2, gradient norm 1, entropy 1e-2) are those of
-    the authors' code.
+    defaults (every 40 steps, |S| = 3, queue 20, Adam with lr 1e-2, gradient norm 1, entropy 1e-2) are those
+    of the authors' code.
     Differs from it: before and after share x_t and noise, so that Delta shows the update and not the draw;
-    step 1 probes 100 timesteps and not all T (probe=T does); r^2 ranks as their F score does; Delta^t is
-    vlb_coefficients[t] times the fall of the epsilon-MSE, the same thing when the variance is fixed to beta_t;
-    S may change from the third probe on; adaptive pooling, for images of any size; a share `floor` of u is
-    uniform, so that no t dies out.
+    step 1 probes 100 timesteps and not all T (probe=T does); Delta^t is
+    vlb_coefficients[t] times the fall of the epsilon-MSE, the same thing when the variance is fixed to
+    beta_t; S may change from the third probe on; adaptive pooling, for images of any size; a share `floor` of
+    u is uniform, so that no t dies out.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
-    policy at every step: 11% of uniform's time with a U-Net of 0.64M parameters, at batch 64 and 256; less with
-    a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps and 0.98 in
-    time on CIFAR-10.
+    policy at every step: 8% to 24% of uniform's time with a U-Net of 0.64M parameters (`make bench`: 11%),
+    less with a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps
+    and 0.98 in time on CIFAR-10.
 
-    alphas_cumprod: [T], on the images' device. model: an nn.Module, model(x_t, t) -> eps, measured in eval mode.
+    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, measured in eval mode.
     `probs` is the mixture over the images of the last policy update. With several processes each has its own
     images, and all keep the same policy, queue, S and `probs`; a probe is the mean over one image of each.
     ValueError: fewer timesteps than `selected`, or a number that makes no sense.
@@ -282,8 +289,9 @@ class AdaptiveSampler:
     def beta_probs(a: torch.Tensor, b: torch.Tensor, T: int) -> torch.Tensor:
         """[T]: the probability that round(u (T - 1)) is t, u ~ Beta(a_i, b_i), mean over i; a, b [n].
 
-        To 1e-5 for T >= 100. The distribution function of Beta(a, b) is a closed form plus that of
-        Beta(a + 1, b + 1), whose density has no poles, so that three Gauss-Legendre nodes a bin will do.
+        Within 2e-5 for T = 1000 and a, b up to 30; of sharper peaks the nodes see less. The distribution
+        function of Beta(a, b) is a closed form plus that of Beta(a + 1, b + 1), whose density has no poles,
+        so that three Gauss-Legendre nodes a bin will do.
         """
         a, b = a.double()[:, None], b.double()[:, None]
         log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
@@ -298,11 +306,11 @@ class AdaptiveSampler:
         smooth = sum(weight * half * kernel(middle + node * half) for node, weight in nodes)
         closed = kernel(edges) * (b - (a + b) * edges)
         probs = ((closed.diff() + (a + b) * (a + b + 1) * smooth) / (a * b)).clamp(min=0)
-        return (probs / probs.sum(1, keepdim=True)).mean(0).float()
+        return (probs / probs.sum(1, keepdim=True).clamp(min=1e-300)).mean(0).float()
 
     def concentrations(self, x0: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(a, b), each [B], of the images' Beta distributions."""
-        return (torch.nn.functional.softplus(self.policy(x0)) + 1e-5).clamp(max=1e5).unbind(1)
+        return (torch.nn.functional.softplus(self.policy(x0.float())) + 1e-5).clamp(max=1e5).unbind(1)
 
     @torch.no_grad()
     def sample(self, x0: torch.Tensor, step: int) -> torch.Tensor:
@@ -435,7 +443,8 @@ def p2_weights(alphas_cumprod: torch.Tensor, k: float = 1.0, gamma: float = 1.0)
 def normalize_weights(weights: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """weights [T] scaled so that sum(probs * result) = 1, probs [T] being the sampler's. Our choice.
 
-    The expected weight is then 1, and a learning rate means the same for every sampler and weight.
+    The expected weight is then 1, and a learning rate means the same for every sampler and weight. The probs
+    of CurriculumSampler and AdaptiveSampler move: call it at every step.
     """
     return weights / (probs.to(weights.device) * weights).sum()
 
@@ -463,7 +472,7 @@ def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least 4 channels: one alone would lose the time embedding, a constant to it."""
+    """At most 32 groups, of 4 channels or more: one of its own would normalise the time embedding away."""
     return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels)
 
 
@@ -528,10 +537,11 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
 
+        size, channels, skips = image_size // patch, width, [width]  # size: of the level being built
+
         def stage(c_in, c_out):
             return ResBlock(c_in, c_out, emb, dropout, attend=size in attention)
 
-        size, channels, skips = image_size // patch, width, [width]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, mult in enumerate(mults):
             if level:
@@ -631,6 +641,7 @@ class GaussianDiffusion(ForwardProcess):
 
 
 # 5 Data: one uint8 tensor [N, C, size, size] to train on, and one held out ----------------------------------
+# From here on args are the settings, a Namespace; FLAGS in section 9 lists them.
 
 
 class UserError(Exception):
@@ -690,14 +701,17 @@ def read_images(open_image, names, size):
             problem = f"{name} cannot be read as an image ({one_line(error)})"
             raise UserError(f"{problem}: mend or remove it") from error
 
+    images = torch.empty((len(names), 3, size, size), dtype=torch.uint8)
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         bar = tqdm(pool.map(read, names), "reading images", len(names), leave=False, disable=RANK > 0)
         try:
-            images = torch.from_numpy(np.stack(list(bar))).permute(0, 3, 1, 2).contiguous()
+            for i, pixels in enumerate(bar):
+                images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest is not waited for
-    return images[:, :1].clone() if (images == images[:, :1]).all() else images
+    grey = all((part == part[:, :1]).all() for part in images.split(1024))
+    return images[:, :1].clone() if grey else images
 
 
 def open_file(path):
@@ -706,20 +720,24 @@ def open_file(path):
     return Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"))
 
 
-def list_images(folder):
-    """Every image file below folder, sorted; of folders linked twice, or in a circle, the first."""
+def read_folder(folder, size):
+    """Every image file below folder, in the order of their paths; of folders linked twice, the first."""
+
+    def fail(error):
+        raise UserError(f"--data-dir {folder}: {error}")
+
+    refuse(not os.path.isdir(folder), f"--data-dir {folder}: no such folder")
     endings = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
     seen, paths = set(), []
-    for here, below, files in os.walk(folder, followlinks=True):
+    for here, below, files in os.walk(folder, onerror=fail, followlinks=True):
         below.sort()
         if (real := os.path.realpath(here)) in seen:
-            below.clear()
+            below.clear()  # a link that leads back, maybe in a circle
             continue
         seen.add(real)
         paths += [Path(here, name) for name in files if name.lower().endswith(endings)]
-    problem = f"no images ({' '.join(endings)}) in it or below it" if seen else "no such folder"
-    refuse(not paths, f"--data-dir {folder}: {problem}")
-    return sorted(paths)
+    refuse(not paths, f"--data-dir {folder}: no images ({' '.join(endings)}) in it or below it")
+    return read_images(open_file, sorted(paths), size)
 
 
 def load_dataset(name: str, data_dir: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -729,9 +747,7 @@ def load_dataset(name: str, data_dir: str, size: int) -> tuple[torch.Tensor, tor
     folder sorted by class is held out evenly. digits are the same for every --seed: runs can be compared.
     """
     if name in ("digits", "folder"):
-        rendered = name == "digits"
-        paths = [] if rendered else list_images(data_dir)
-        images = render_digits(10_240, size)[0] if rendered else read_images(open_file, paths, size)
+        images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
         count, held_out = len(images), max(256, len(images) // 20)
         refuse(count <= held_out, f"--data-dir {data_dir}: {count} images, 256 of them held out, are too few")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -825,14 +841,15 @@ class FrechetDistance:
         except Exception as error:  # clean-fid 0.1.35 asks SciPy for what 1.18 has no more
             problem = f"--fid-samples: no working clean-fid ({one_line(error)})"
             raise UserError(f"{problem}: pip install clean-fid 'scipy<1.18'") from error
+        self.clean_fid, waited = fid, socket.getdefaulttimeout()
         try:
-            self.clean_fid = fid
+            socket.setdefaulttimeout(20)  # a machine that is cut off should say so soon
             if features:
                 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # it is to be replaced
                 self.features = torch.jit.load(features, self.device).eval()
             else:
                 self.features = inception.build_feature_extractor("clean", self.device, False)
-            self.reference = self.measure([images[:2]])  # before what may take long
+            self.measure([images[:2]])  # before what may take long
             if saved and saved.is_file():
                 with np.load(saved) as file:
                     self.reference = file["mu"], file["sigma"]
@@ -841,22 +858,26 @@ class FrechetDistance:
             else:
                 self.reference = self.measure([images])
         except Exception as error:  # no network, no TorchScript, other shapes: each raises its own kind
-            problem, advice = f"InceptionV3 cannot be used ({one_line(error)})", "give --fid-features FILE"
+            what = f"--fid-features {features}" if features else "InceptionV3 or its reference"
+            advice = "give --fid-features FILE; if a download broke off, delete inception-2015-12-05.pt"
             if features:
-                problem = f"--fid-features {features} cannot be used ({one_line(error)})"
                 advice = "it must map float images [N, 3, H, W] in 0..255 to features [N, D]"
-            raise UserError(f"{problem}: {advice}") from error
+            raise UserError(f"{what} cannot be used ({one_line(error)}): {advice}") from error
+        finally:
+            socket.setdefaulttimeout(waited)
 
     def measure(self, batches):
         """(mu [D], sigma [D, D]) of the features of batches of uint8 [N, C, H, W]; grey ones become RGB."""
-        workers = os.cpu_count() if sys.platform == "linux" else 0  # its data set needs workers that fork
-        options = {"num_workers": workers, "device": self.device, "custom_fn_resize": self.resize}
-        count, extract = 0, functools.partial(self.clean_fid.get_folder_features, verbose=False, **options)
+        # clean-fid's data set cannot be sent to workers that do not fork
+        workers = len(os.sched_getaffinity(0)) if multiprocessing.get_start_method() == "fork" else 0
+        options = {"num_workers": workers, "device": self.device, "batch_size": 32, "verbose": False}
         with tempfile.TemporaryDirectory() as folder:
+            count = 0
             for images in batches:
                 save_pngs(images, folder, count)
                 count += len(images)
-            found = extract(folder, self.features)
+            extract = functools.partial(self.clean_fid.get_folder_features, custom_fn_resize=self.resize)
+            found = extract(folder, self.features, **options)
         if found.ndim != 2 or len(found) != count or not np.isfinite(found).all():
             raise ValueError(f"features of {count} images have shape {list(found.shape)} or are not finite")
         return found.mean(0), np.cov(found, rowvar=False)
@@ -909,6 +930,8 @@ LOG_EVERY = 25  # steps: reading the loss waits for the device
 PATIENCE = 10  # losses in a row that are not finite
 COLUMNS = 50  # of the picture of the timesteps
 COMPILE_FROM = 5_000  # steps: compiling takes a minute or two. Estimated, not measured
+STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
+WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 
 
@@ -998,14 +1021,16 @@ class Training:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if args.compile == "on" or (args.compile == "auto" and gpu and args.steps >= COMPILE_FROM):
             compile_in_place(args, self.model, self.ema)
-        # DDP averages the gradients; what else calls the model leaves it as it is.
+        # DDP averages the gradients of what passes through it; all else calls the bare model.
         self.forward = DistributedDataParallel(self.model) if TORCHRUN else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
         # Off fp16 its scale stays 1: there it only skips the updates that are not finite, on the device.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=65_536.0 if self.fp16 else 1.0)
         self.step, self.seconds = 0, 0.0
         self.drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
-        self.losses = torch.zeros(LOG_EVERY + PATIENCE, device=device)  # the last ones, step by step
+        self.losses = torch.zeros(
+            LOG_EVERY + PATIENCE, device=device
+        )  # a ring: those since the last look, and PATIENCE
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.parts: dict = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
         self.parts |= {"sampler": self.sampler} if args.strategy == "adaptive" else {}
@@ -1041,7 +1066,7 @@ class Training:
     def train_step(self) -> None:
         args, step, model, sampler = self.args, self.step, self.model, self.sampler
         adaptive = args.strategy == "adaptive"
-        # On a CPU only 32 bits of it count; the odd factor, near 2^32 / 1.618, keeps the ranks far apart in these.
+        # A CPU's generator keeps 32 bits of a seed; this odd factor, 2^32 / 1.618, spreads the ranks over them.
         seed = args.seed * 1_000_003 + RANK * 2_654_435_769
         torch.manual_seed(seed + 2 * step)
         x0 = self.batch()
@@ -1110,7 +1135,8 @@ class Training:
 class Signals:
     """with Signals() as signals: SIGINT and SIGTERM only set `received`, so that a step can be finished.
 
-    Where `kept` says what would be left they interrupt at once; a second one ends the process in any case.
+    While `kept` is set (measuring, with the checkpoint written) they interrupt at once, with it as the
+    message. A second one ends the process in any case.
     """
 
     def __enter__(self):
@@ -1133,9 +1159,12 @@ class Signals:
             distributed.all_reduce(number, distributed.ReduceOp.MAX)
         return number.item()
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, trace):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        # The first process that a signal ends breaks what the others wait for.
+        if self.received and PROCESSES > 1 and isinstance(error, RuntimeError):
+            raise KeyboardInterrupt(self.received, "") from error
 
 
 def loop(run, folder, rows, held_out, distance):
@@ -1199,6 +1228,12 @@ def measure(run, folder, mean_loss, held_out, distance, signals):
     return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
 
 
+def read_rows(path):
+    """The rows of a metrics.csv, all text, without a last one that was cut off."""
+    with open(path) as file:
+        return [row for row in csv.DictReader(file) if row["fid"] is not None]
+
+
 def write_rows(rows, path):
     table = [METRICS, *([row.get(name, "") for name in METRICS] for row in rows)]
     write_whole(path, lambda temporary: temporary.write_text("".join(",".join(row) + "\n" for row in table)))
@@ -1222,7 +1257,9 @@ def train(args, folder=None, checkpoint=None, rows=()):
             run.load_state_dict(checkpoint)
     if RANK:
         return loop(run, None, rows, None, None)
-    folder = folder or new_folder(args.out, default_folder(args), "config.json")
+    names = args.dataset, args.strategy, "" if args.weighting == "auto" else args.weighting
+    default = "-".join([name for name in names if name] + ["momentum-decay"] * args.momentum_decay)
+    folder = folder or new_folder(args.out, Path("runs", default), "config.json")
     with alone_in(folder):
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         config = json.dumps(vars(args) | versions, indent=2) + "\n"
@@ -1237,6 +1274,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
         where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
         print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
         loop(run, folder, rows, held_out.to(args.device), distance)
+    # The pace is that since the first row of this session: the first steps are slow, what compiles does so then.
     last, first = rows[-1], rows[min(before, len(rows) - 2)] if len(rows) > 1 else {"step": 0, "seconds": 0}
     figures = f"val_mse {last['val_mse']}, val_vlb {last['val_vlb']} bits per dimension"
     figures += f", {distance.name} {last['fid']}" if "fid" in last else ""
@@ -1245,7 +1283,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
         print(f"{run.skipped} updates were skipped: their loss was not finite")
     print(f"samples and all else in {folder}")
     steps, seconds = (float(last[name]) - float(first[name]) for name in ("step", "seconds"))
-    print(performance(run, steps * batch / seconds))
+    print(performance(run, steps * batch / max(seconds, 1e-9)))
 
 
 def open_distance(args, images, folder):
@@ -1277,27 +1315,27 @@ def flops_per_image(args, channels: int) -> int:
 
 def performance(run, images_per_second):
     """A line: images/s, peak memory, on a GPU also how much of its matrix rate the U-Net's operations make up."""
-    text, size = f"{images_per_second:.4g} images/s, peak memory", 8192
-    if run.device.type == "cpu":
-        from resource import RUSAGE_SELF, getrusage
+    text, size, device = f"{images_per_second:.4g} images/s", 8192, run.device
+    if device.type == "cpu":
+        with contextlib.suppress(ImportError):  # on Windows
+            from resource import RUSAGE_SELF, getrusage
 
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        return f"{text} {getrusage(RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
-    text += f" {torch.cuda.max_memory_allocated(run.device) / 2**30:.2f} GiB"
-    torch.cuda.empty_cache()
+            unit = 2**30 if sys.platform == "darwin" else 2**20
+            text += f", peak memory {getrusage(RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
+        return text
     from torch.utils.benchmark import Timer
 
-    a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=run.device)
-    rate = 2 * size**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(20).mean
-    share = flops_per_image(run.args, run.images.shape[1]) * images_per_second / PROCESSES / rate
-    return f"{text}, {share:.1%} of the {rate / 1e12:.0f} TFLOP/s of bf16 matrix products on this GPU"
-
-
-def default_folder(args):
-    """runs/ and what tells the run apart."""
-    weighting = [] if args.weighting == "auto" else [args.weighting]
-    momentum_decay = ["momentum-decay"] * args.momentum_decay
-    return Path("runs") / "-".join([args.dataset, args.strategy, *weighting, *momentum_decay])
+    text += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    torch.cuda.empty_cache()
+    with (
+        contextlib.suppress(torch.OutOfMemoryError),
+        torch.cuda.device(device),
+    ):  # others may use this GPU, too
+        a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
+        rate = 2 * size**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(20).mean
+        share = flops_per_image(run.args, run.images.shape[1]) * images_per_second / PROCESSES / rate
+        text += f", {share:.1%} of the {rate / 1e12:.0f} TFLOP/s of bf16 matrix products on this GPU"
+    return text
 
 
 def refuse_full_disk(args, folder):
@@ -1305,7 +1343,9 @@ def refuse_full_disk(args, folder):
     with torch.device("meta"):  # weighs a model of any size, and makes none
         weights = sum(p.numel() for p in build_unet(args, 3).parameters())
     path = Path(folder or args.out or "runs").absolute()
-    free = shutil.disk_usage(next(place for place in (path, *path.parents) if os.path.isdir(place))).free
+    place = next(place for place in (path, *path.parents) if os.path.isdir(place))
+    refuse(not os.access(place, os.W_OK | os.X_OK), f"{place} may not be written: name another with --out")
+    free = shutil.disk_usage(place).free
     needed = (1 if folder else 2) * (16 * weights + 1e7)  # float32: model, EMA, AdamW's two moments; the rest
     problem = f"{path} has {free / 1e9:.3g} GB, its checkpoints take {needed / 1e9:.3g}"
     refuse(needed > free, f"{problem}: free some, name another with --out, or take a smaller --width")
@@ -1345,10 +1385,11 @@ def alone_in(folder):
 
 @contextlib.contextmanager
 def reading(path):
-    """UserError for whatever a file makes the body raise that is cut off, altered, or of another program."""
-    refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
+    """UserError for whatever the body raises: the checkpoint at path is cut off, altered or foreign."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # each raises its own kind
         problem = f"{path} is cut off or no checkpoint of this script"
         raise UserError(f"{problem} ({type(error).__name__})") from error
@@ -1356,6 +1397,7 @@ def reading(path):
 
 def load_checkpoint(path):
     """A checkpoint of this script, its tensors on the CPU, never unpickled as code. UserError: anything else."""
+    refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for action in make_parser()._actions:  # its settings are such as the command line admits
@@ -1401,22 +1443,21 @@ REPORT += "steps to baseline's last | seconds to it | speed-up (steps) | speed-u
 
 
 def read_run(folder):
-    """(its folder, its config, its rows with METRICS as floats, None where nothing was measured)."""
+    """Its folder, its config and its rows, each with METRICS as floats, None where nothing was measured."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        with open(folder / "metrics.csv") as file:
-            lines = [row for row in csv.DictReader(file) if row["fid"] is not None]  # None: a line cut off
+        lines = read_rows(folder / "metrics.csv")
         rows = [{name: float(row[name]) if row[name] else None for name in METRICS} for row in lines]
         missing = {"strategy", "weighting", "momentum_decay", "seed", "data"} - set(config)
         refuse(missing or not rows, f"lacks {', '.join(sorted(missing)) or 'rows'}")
     except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError) as error:
         raise UserError(f"--report {folder}: no run of this script to report ({one_line(error)})") from error
-    return folder, config, rows
+    return argparse.Namespace(folder=folder, config=config, rows=rows)
 
 
 def curve(run, name="fid"):
     """[(step, seconds, value), ...] of what was measured under that name."""
-    return [(row["step"], row["seconds"], row[name]) for row in run[2] if row[name] is not None]
+    return [(row["step"], row["seconds"], row[name]) for row in run.rows if row[name] is not None]
 
 
 def reach(points, target):
@@ -1432,11 +1473,11 @@ def group_by_setting(runs):
     """{name: its runs}: those that differ in FREE alone are one setting, named by how it differs from the first."""
     named, groups = FREE | {"strategy", "weighting", "momentum_decay"}, {}
     for run in runs:
-        config, name = run[1], run[1]["strategy"]
+        config, name = run.config, run.config["strategy"]
         if config["weighting"] != "auto":
             name += f" + {config['weighting']} weights".replace("none", "no")
         name += " + momentum decay" * config["momentum_decay"]
-        changed = {key: value for key, value in config.items() if str(value) != str(runs[0][1].get(key))}
+        changed = {key: value for key, value in config.items() if str(value) != str(runs[0].config.get(key))}
         name += "".join(f", {key} {value}" for key, value in changed.items() if key not in named)
         groups.setdefault(name, []).append(run)
     return groups
@@ -1445,26 +1486,26 @@ def group_by_setting(runs):
 def report(folders, out):
     """Print a Markdown table of the runs, a row for each setting, the first the baseline; draw two pictures."""
     runs = [read_run(Path(folder)) for folder in folders]
-    measured = [run for run in runs if "features" in run[1]]
+    measured = [run for run in runs if "features" in run.config]
     for names, some in (("data",), runs), (FID_SETTINGS, measured):
         for name, run in itertools.product(names, some):
-            one, two = some[0][1].get(name), run[1].get(name)
-            refuse(one != two, f"--report: {name} is {one} in {some[0][0]} but {two} in {run[0]}")
-    fid = measured[0][1]["features"].split(", crc32")[0] if measured else "FID"
+            one, two = some[0].config.get(name), run.config.get(name)
+            refuse(one != two, f"--report: {name} is {one} in {some[0].folder} but {two} in {run.folder}")
+    fid = measured[0].config["features"].split(", crc32")[0] if measured else "FID"
     groups = group_by_setting(runs)
     # A run is held against the baseline with its own seed, which had the same first weights, images and noise:
     # where did each first reach the baseline's last FID?
-    curves = {run[1]["seed"]: curve(run) for run in next(iter(groups.values()))}
+    curves = {run.config["seed"]: curve(run) for run in next(iter(groups.values()))}
     goals = {seed: (ps[-1][2], *reach(ps, ps[-1][2])) for seed, ps in curves.items() if ps}
     mean_goal = tuple(map(statistics.fmean, zip(*goals.values())))
 
     def figures(run):
-        goal, points, nothing = goals.get(run[1]["seed"], mean_goal), curve(run), [(None,) * 3]
+        goal, points, nothing = goals.get(run.config["seed"], mean_goal), curve(run), [(None,) * 3]
         last = [(curve(run, name) or nothing)[-1][2] for name in ("val_mse", "val_vlb", "fid")]
         best = min((value for *_, value in points), default=None)
         reached = (goal and reach(points, goal[0])) or (None, None)
         ratios = [theirs / own if own else None for theirs, own in zip(goal[1:], reached)] or (None, None)
-        return [run[2][-1]["step"], run[2][-1]["seconds"], *last, best, *reached, *ratios]
+        return [run.rows[-1]["step"], run.rows[-1]["seconds"], *last, best, *reached, *ratios]
 
     def cell(values):
         known = [value for value in values if value is not None]
@@ -1517,7 +1558,7 @@ def draw_curves(figure, groups, fid):
 def draw_methods(figure, groups, fid):
     """P(t) and w(t) of the static methods, P(t) of the curriculum as it moves, and as an adaptive run drew it."""
     runs = list(itertools.chain(*groups.values()))
-    args = argparse.Namespace(**runs[0][1])
+    args = argparse.Namespace(**runs[0].config)
     T, ab = args.timesteps, GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
 
     def built(strategy, weighting="none"):
@@ -1532,7 +1573,7 @@ def draw_methods(figure, groups, fid):
         curriculum.sample(ab[:1], part * args.steps / 4)
         moved[f"at {25 * part}% of the steps"] = curriculum.probs
     drawn = lines.setdefault("T P(t), an adaptive run", {})
-    adaptive = [run[0] / "checkpoint.pt" for run in runs if run[1]["strategy"] == "adaptive"]
+    adaptive = [run.folder / "checkpoint.pt" for run in runs if run.config["strategy"] == "adaptive"]
     for path in [path for path in adaptive if path.is_file()][:1]:
         counts = load_checkpoint(path)["drawn"][None].float()
         for part, shares in enumerate(F.adaptive_avg_pool2d(counts, (5, min(T, 50)))[0]):
@@ -1563,11 +1604,10 @@ DATASETS = {
     "folder":        (32, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 100_000, 128, 2e-4, 5_000, 0.9999, 5_000, True),
 }
 # fmt: on
-STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
-WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
 CHANGEABLE = {"device", "data_dir", "fid_features", "amp", "compile", "lr", "grad_clip"}  # beside --resume
 COUNT, SHARE = "int [1, 1e9]", "[0, 1)"
-FLAGS = {  # flag: (what it takes, its default or None where the data set or a rule has it, help); title of a group: None
+# flag: (what it takes, its default, help). No default: it is the data set's, or follows from others, or there is none.
+FLAGS = {
     "method": None,
     "--strategy": (STRATEGIES, "uniform", "how timesteps are drawn"),
     "--weighting": (WEIGHTINGS, "auto", "loss weights; auto: change-aware for speed, else none"),
@@ -1610,7 +1650,7 @@ FLAGS = {  # flag: (what it takes, its default or None where the data set or a r
     "--checkpoint-every": (COUNT, None, "steps between further checkpoints (default: --eval-every)"),
     "--device": ("name", None, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"),
     "--amp": (("auto", "off", "bf16", "fp16"), "auto", "auto: bf16 or fp16 on a GPU, off on a CPU"),
-    "--compile": (("auto", "off", "on"), "auto", "auto: when training on a GPU for 5000 steps or more"),
+    "--compile": (("auto", "off", "on"), "auto", f"auto: on a GPU from {COMPILE_FROM} steps on"),
     "sampling": None,
     "--method": (("ddim", "ddpm"), "ddim", "ddpm visits every timestep"),
     "--sampling-steps": (COUNT, None, "timesteps ddim visits (default: 50, or T if that is less)"),
@@ -1633,7 +1673,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(interval):
+def within(interval):
     """An argparse type: a number in an interval such as "[0, 1)", or a whole one in "int [0, 9]". nan is in none."""
     kind, ends = (int, interval[4:]) if interval.startswith("int") else (float, interval)
     low, high = (float(end) for end in ends[1:-1].split(","))
@@ -1650,7 +1690,7 @@ def number(interval):
     return parse
 
 
-def name(text):
+def nonempty(text):
     """An argparse type: of a file, a folder or a device."""
     if not text:
         raise argparse.ArgumentTypeError("needs a name")
@@ -1682,7 +1722,7 @@ def make_parser():
             group.add_argument(flag, action=kind, help=text)
         else:
             nargs = {"--mults": "+", "--attention": "*", "--report": "+"}.get(flag)
-            kind = name if kind == "name" else number(kind)
+            kind = nonempty if kind == "name" else within(kind)
             group.add_argument(flag, type=kind, nargs=nargs, metavar="X", help=text)
     return parser
 
@@ -1694,7 +1734,7 @@ def usable_device(name, amp):
     gpus, here = torch.cuda.device_count(), LOCAL_PROCESSES
     refuse(here > 1 and ":" in name, f"--device {name}: torchrun gives each process its own GPU; use cuda")
     needed = 0 if name == "cpu" else max(int(name[5:] or 0) + 1, here)
-    refuse(needed > gpus, f"--device {name}: torch sees {gpus} GPUs; use cpu")
+    refuse(needed > gpus, f"--device {name}: torch sees {gpus} GPUs, this needs {needed}; use fewer, or cpu")
     if name == "cuda" and here > 1:
         torch.cuda.set_device(LOCAL_RANK)
     refuse(name == "cpu" and amp == "fp16", "--amp fp16 needs a GPU: use bf16 or off on a CPU")
@@ -1764,15 +1804,16 @@ def resume(args, given):
     if RANK == 0:
         checkpoint = load_checkpoint(folder / "checkpoint.pt")
         try:
-            with open(folder / "metrics.csv") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= checkpoint["step"]]
-        except (OSError, ValueError, KeyError) as error:
+            rows = [
+                row for row in read_rows(folder / "metrics.csv") if int(row["step"]) <= checkpoint["step"]
+            ]
+        except (OSError, ValueError, KeyError, csv.Error) as error:
             raise UserError(f"{folder}: no metrics.csv of this script ({one_line(error)})") from error
         read = [(checkpoint, rows)]
     if TORCHRUN:
         distributed.broadcast_object_list(read, device=torch.device("cpu"))
     checkpoint, rows = read[0]
-    settings = checkpoint["args"] | {name: vars(args)[name] for name in given & CHANGEABLE}
+    settings = vars(args) | checkpoint["args"] | {name: vars(args)[name] for name in given & CHANGEABLE}
     settings["device"] = usable_device(settings["device"], settings["amp"])
     finished = rows and int(rows[-1]["step"]) == settings["steps"]
     refuse(finished, f"--resume {folder}: has done all of its {settings['steps']} steps")
