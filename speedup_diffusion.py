@@ -1135,12 +1135,12 @@ class Training:
 class Signals:
     """with Signals() as signals: SIGINT and SIGTERM only set `received`, so that a step can be finished.
 
-    While `kept` is set (measuring, with the checkpoint written) they interrupt at once, with it as the
-    message. A second one ends the process in any case.
+    While `at_once` is set (measuring, with the checkpoint written) they interrupt, saying what is `kept`; a second
+    one ends the process in any case.
     """
 
     def __enter__(self):
-        self.received, self.kept, both = 0, None, (signal.SIGINT, signal.SIGTERM)
+        self.received, self.at_once, self.kept, both = 0, False, "", (signal.SIGINT, signal.SIGTERM)
         heard = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
         self.before = {number: signal.signal(number, self.receive) for number in heard}
         return self
@@ -1149,7 +1149,7 @@ class Signals:
         self.received = number
         for either in self.before:
             signal.signal(either, signal.SIG_DFL)
-        if self.kept is not None:
+        if self.at_once:
             raise KeyboardInterrupt(number, self.kept)
 
     def agreed(self):
@@ -1164,7 +1164,7 @@ class Signals:
             signal.signal(number, handler)
         # The first process that a signal ends breaks what the others wait for.
         if self.received and PROCESSES > 1 and isinstance(error, RuntimeError):
-            raise KeyboardInterrupt(self.received, "") from error
+            raise KeyboardInterrupt(self.received, self.kept) from error
 
 
 def loop(run, folder, rows, held_out, distance):
@@ -1188,18 +1188,18 @@ def loop(run, folder, rows, held_out, distance):
                     if RANK == 0:
                         write_whole(folder / "checkpoint.pt", functools.partial(torch.save, run.state_dict()))
                     saved = step
-                kept = f" with the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
+                signals.kept = f" with the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
                 if stop:
-                    raise KeyboardInterrupt(stop, kept)
+                    raise KeyboardInterrupt(stop, signals.kept)
                 if RANK == 0 and logs and step > logged:
-                    signals.kept = kept if saved == step or not healthy else None
-                    if signals.received and signals.kept:  # while the checkpoint was written
-                        raise KeyboardInterrupt(signals.received, kept)
+                    signals.at_once = saved == step or not healthy
+                    if signals.received and signals.at_once:  # while the checkpoint was written
+                        raise KeyboardInterrupt(signals.received, signals.kept)
                     due = held_out if evaluates else None, distance if compares else None
                     rows.append(measure(run, folder, mean_loss, *due, signals))
                     write_rows(rows, folder / "metrics.csv")
                     bar.set_postfix(loss=f"{mean_loss:.4f}")
-                    signals.kept = None
+                    signals.at_once = False
                 logged, clock = step if logs else logged, time.perf_counter()
             if last:
                 return

@@ -1014,6 +1014,9 @@ def one_of_two():
         assert sd.main([*options, "stopped"]) == 143
     if sd.RANK == 0:
         shutil.copytree("stopped", "as-one")
+    else:  # only the machine of rank 0 needs the run's folder
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
     assert sd.main(["--resume", "stopped"]) == 0
     with signalled_at({5} if sd.RANK == 1 else {}, signal.SIGKILL):
         sys.exit(sd.main([*options, "dead"]))
