@@ -135,8 +135,9 @@ def chi_square_p(drawn, probs):
 @each_schedule
 def test_samplers_draw_as_their_probs_say_and_weights_average_one_under_them(schedule, T):
     ab, x0 = sd.GaussianDiffusion(schedule, T).alphas_cumprod, images_of(64)
-    adaptive = sd.AdaptiveSampler(ab, in_channels=1)  # sure of the ends, or of the middle
-    adaptive.policy = lambda images: torch.tensor([[-20.0, -20.0], [-20.0, 1e9]]).repeat(32, 1)
+    adaptive = sd.AdaptiveSampler(ab, in_channels=1)  # sure of the ends, of the middle, or of little
+    outputs = torch.tensor([[-20.0, -20.0], [1e9, 1e9], [0.0, 2.0], [1.0, 0.0]]).repeat(16, 1)
+    adaptive.policy = lambda images: outputs
     adaptive.refresh_probs(x0)
     assert adaptive.probs.min() >= 0.005 / T  # no timestep dies out
     samplers = sd.UniformSampler(T), sd.LogitNormalSampler(T), sd.SpeeDSampler(ab), sd.CurriculumSampler(T, 9)
@@ -205,23 +206,46 @@ def test_the_policy_gradient_is_that_of_the_mixture_with_its_floor():
     assert torch.allclose(found / found.norm(), (expected / expected.norm()).float(), atol=1e-4)
 
 
-def test_adaptive_rewards_the_fall_of_the_bound_on_the_same_noise():
-    diffusion, model, calls, rewards = sd.GaussianDiffusion("linear", 100), nn.Module(), [], []
-    sampler = sd.AdaptiveSampler(diffusion.alphas_cumprod, in_channels=1, every=4, selected=2, probe=10)
+class Scaled(nn.Module):
+    """eps = scale x_t; remembers what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.calls = 0.0, []
+
+    def forward(self, x_t, t):
+        assert not self.training  # no dropout
+        self.calls.append((x_t, t))
+        return self.scale * x_t
+
+
+def test_adaptive_rewards_each_image_by_the_fall_of_the_bound_on_the_same_noise():
+    diffusion, model, rewards = sd.GaussianDiffusion("linear", 100), Scaled(), []
+    sampler = sd.AdaptiveSampler(diffusion.alphas_cumprod, 1, every=4, selected=2, queue=3, probe=10)
     sampler.update_policy = rewards.append
-    for step in range(4):  # it looks at step 0 alone, and without dropout
-        sampler.sample(torch.ones(6, 1, 8, 8), step)
-        model.forward = lambda x_t, t: calls.append((x_t, t)) or model.training * x_t
+    x0 = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 1, 8, 8)  # known by their level
+    for step in range(17):
+        sampler.sample(x0, step)
+        one, two = sampler.selected.tolist()
+        model.scale = 0.0
         sampler.before_update(model, step)
-        model.forward = lambda x_t, t: calls.append((x_t, t)) or (0.1 + model.training) * x_t
+        model.scale = 0.1
         sampler.after_update(model)
-    (x_t, again), (t, _) = (torch.cat(part).chunk(2) for part in zip(*calls))
-    assert torch.equal(x_t, again) and t.tolist() == [*range(0, 100, 11), *[0] * 6, *[1] * 6]
-    ab = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
-    noise = (x_t - ab.sqrt()) / (1 - ab).sqrt()
-    fall = diffusion.vlb_coefficients[t] * (noise.square() - (noise - 0.1 * x_t).square()).mean((1, 2, 3))
-    assert torch.allclose(sampler.queue[0], fall[:10], rtol=1e-3, atol=1e-5) and model.training
-    assert torch.allclose(rewards[0], fall[10:16] + fall[16:], rtol=1e-3, atol=1e-5)
+        assert bool(model.calls) == (step % 4 == 0) and model.training
+        if not model.calls:
+            continue
+        (x_t, again), (t, _) = (torch.cat(part).chunk(2) for part in zip(*model.calls))
+        model.calls.clear()
+        assert torch.equal(x_t, again) and t.tolist() == [*range(0, 100, 11), *[one] * 6, *[two] * 6]
+        probed = x0[(x_t[0].mean() - x0[:, 0, 0, 0]).abs().argmin()]
+        ab = diffusion.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noise = (x_t - ab.sqrt() * torch.cat([probed.expand(10, 1, 8, 8), x0, x0])) / (1 - ab).sqrt()
+        fall = noise.square() - (noise - 0.1 * x_t).square()
+        fall = diffusion.vlb_coefficients[t] * fall.mean((1, 2, 3))
+        assert torch.allclose(sampler.queue[step // 4 % 3], fall[:10], rtol=1e-3, atol=1e-4)  # a ring
+        assert torch.allclose(rewards[-1], fall[10:16] + fall[16:], rtol=1e-3, atol=1e-4)
+    best = sampler.most_predictive(sampler.queue, 2)
+    assert sampler.selected.tolist() == (11 * best).tolist() and len(rewards) == 5
 
 
 # What scikit-learn 1.9.1's SelectKBest(f_regression, k=3) answers for the row sums of these matrices.
@@ -505,11 +529,19 @@ def test_with_own_features_the_distance_of_gaussians_has_its_closed_form(pooled)
 def test_a_failed_measurement_costs_its_figure_a_stopped_one_is_made_again(here, pooled, monkeypatch, capsys):
     features, measure = shutil.copy(pooled, here), sd.FrechetDistance.__call__
     options = ["--fid-samples", "20", "--fid-every", "2", "--fid-features", features, *TINY, "--out"]
-    fail, stop = (lambda *_: os.listdir("nowhere")), (lambda *_: signal.raise_signal(signal.SIGTERM))
+
+    def fail(distance, batches):
+        raise OSError("no such device")
+
+    def stop(distance, batches):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("a worker was killed by a signal")  # which reaches these, too
+
     turns = iter([fail, measure, measure, stop])
     monkeypatch.setattr(sd.FrechetDistance, "__call__", lambda *args: next(turns, measure)(*args))
     assert sd.main([*options, "failed"]) == 0 and sd.main([*options, "stopped"]) == 143
-    assert "could not be measured at step 2: [Errno 2] No such file" in capsys.readouterr().out
+    assert "could not be measured at step 2: no such device" in capsys.readouterr().out
     save_torchscript(nn.Sequential(Pooled(), nn.ReLU()), features)
     assert sd.main(["--resume", "stopped"]) == 2 and "features were FD (pooled.ts)" in capsys.readouterr().err
     assert sd.main(["--resume", "stopped", "--fid-features", pooled]) == 0
@@ -542,20 +574,44 @@ METHODS = {"uniform": ["--dropout", "0.2"], "logit-normal": [], "speed": ["--che
 METHODS |= {"curriculum": ["--flip"], "adaptive": ["--adaptive-every", "2", "--weighting", "p2"]}
 FILE_SIZE, LIMITS = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
 ON_CUDA = [pytest.param(f"--device cuda --amp {amp}", marks=on_cuda) for amp in ("off", "bf16", "fp16")]
+
+
+def terminate(run):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def terminate_while_measuring(run):
+    run.ema.forward = lambda *_: signal.raise_signal(signal.SIGTERM)
+
+
+def fill_the_disk(run):
+    resource.setrlimit(FILE_SIZE, (20_000, LIMITS[1]))
+
+
+def interrupt(run):
+    signal.raise_signal(signal.SIGINT)
+
+
 ENDS = (  # what comes before a step, that step, the exit status, the steps of the checkpoint and the last row
-    (lambda run: signal.raise_signal(signal.SIGTERM), 5, 143, 5, 4),
-    (lambda run: setattr(run.ema, "forward", lambda *_: signal.raise_signal(15)), 8, 143, 8, 6),  # measuring
-    (lambda run: resource.setrlimit(FILE_SIZE, (20_000, LIMITS[1])), 10, 1, 8, 9),  # the disk is full
-    (lambda run: signal.raise_signal(signal.SIGINT), 10, 130, 10, 9),  # all that is left to do is to measure
+    (terminate, 5, 143, 5, 4),
+    (terminate_while_measuring, 8, 143, 8, 6),
+    (fill_the_disk, 10, 1, 8, 9),
+    (interrupt, 10, 130, 10, 9),  # all that is left to do is to measure
 )
 
 
 @contextlib.contextmanager
 def before_steps(steps, act):
     """act(run) comes before each of these training steps, numbered from 1."""
-    step = sd.Training.train_step
+    train_step = sd.Training.train_step
+
+    def act_and_step(run):
+        if run.step + 1 in steps:
+            act(run)
+        train_step(run)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sd.Training, "train_step", lambda run: (run.step + 1 in steps and act(run), step(run)))
+        patch.setattr(sd.Training, "train_step", act_and_step)
         yield
 
 
@@ -564,8 +620,15 @@ def signalled_at(steps, number=signal.SIGTERM):
 
 
 def infinite_loss_at(steps):
-    spoil = lambda run, output: output * (math.nan if run.step + 1 in steps else 1)
-    return before_steps(steps, lambda run: run.model.register_forward_hook(lambda *args: spoil(run, args[2])))
+    def spoil(run):
+        step = run.step
+
+        def hook(model, inputs, output):
+            return output * math.nan if run.step == step else None
+
+        run.model.register_forward_hook(hook)
+
+    return before_steps(steps, spoil)
 
 
 def assert_same_run(one, two):
@@ -584,6 +647,13 @@ def test_a_run_learns_and_leaves_its_results(here, capsys):
     files = ["checkpoint.pt", "config.json", "metrics.csv", "samples.png", "timesteps.png"]
     assert sorted(os.listdir(run)) == files and '"weighting": "min-snr"' in (run / files[1]).read_text()
     rows = {int(row["step"]): row for row in metrics(run)}
+    model, diffusion = sd.build_model(settings(*TINY), channels=1)
+    model.load_state_dict(checkpoint(run)["ema"])
+    expected = sd.evaluate(model.eval(), diffusion, sd.load_dataset("digits", "", 16)[1])  # held out
+    assert (float(rows[80]["val_mse"]), float(rows[80]["val_vlb"])) == pytest.approx(expected, rel=1e-4)
+    beta1, lr_scale = sd.momentum_decay(79 / 80)
+    received = float(rows[80]["beta1"]), float(rows[80]["lr"])
+    assert received == pytest.approx((beta1, 1e-2 * lr_scale * 80 / 100), rel=1e-4)
     assert ",".join(rows[80]) == "step,images,seconds,loss,lr,beta1,val_mse,val_vlb,fid"
     assert [step for step in rows if rows[step]["val_mse"]] == [40, 80] and list(rows) == [25, 40, 50, 75, 80]
     assert float(rows[80]["val_mse"]) < 0.8 * float(rows[40]["val_mse"]) and rows[80]["images"] == "1280"
@@ -593,22 +663,33 @@ def test_a_run_learns_and_leaves_its_results(here, capsys):
 
 
 def test_strategies_share_model_images_noise_and_dropout_and_weigh_the_mse(monkeypatch):
-    drawn, first, q_sample = set(), None, sd.GaussianDiffusion.q_sample
-    watch = lambda *args: seen.append([torch.get_rng_state(), *args[1:]]) or q_sample(*args)
+    q_sample, images = sd.GaussianDiffusion.q_sample, sd.render_digits(64)[0]
+    seen, first, timesteps = [], None, set()
+
+    def watch(diffusion, x0, t, noise):
+        seen.append((x0, noise, torch.get_rng_state(), t))
+        return q_sample(diffusion, x0, t, noise)
+
     monkeypatch.setattr(sd.GaussianDiffusion, "q_sample", watch)
     for strategy in sd.STRATEGIES:
         args = settings(*TINY, "--strategy", strategy, *METHODS[strategy], "--flip", "--dropout", "0.2")
-        run = sd.Training(args, images := sd.render_digits(64)[0])
-        shared = [copy.deepcopy(run.model.state_dict()), seen := []]
-        [run.train_step() for _ in range(6)]
-        _, _, t, noise = seen[0]  # a new U-Net predicts 0: its MSE is the noise's mean square
+        run = sd.Training(args, images)
+        model = copy.deepcopy(run.model.state_dict())
+        seen.clear()
+        for _ in range(6):
+            run.train_step()
+        x0, noise, dropout, t = zip(*seen)
+        timesteps |= {tuple(batch.tolist()) for batch in t}
+        first = first or (model, x0, noise, dropout)
+        assert_same_tensors((model, x0, noise, dropout), first)
+        # A new U-Net predicts 0: its MSE is the noise's mean square.
         sampler, raw_weights = sd.build_strategy(args, run.diffusion.alphas_cumprod, 1)
-        loss = sd.normalize_weights(raw_weights, sampler.probs)[t] * noise.square().mean((1, 2, 3))
-        assert run.losses[0].item() == pytest.approx(loss.mean().item(), rel=1e-4)
-        drawn |= {bytes(step.pop(2).numpy()) for step in seen}
-        assert_same_tensors(first := first or shared, shared)
-    mirrored = torch.cat([x0 for _, x0, _ in seen])[:, None].flip(-1) == sd.to_float(images)
-    assert len(drawn) == 5 * 6 and 25 < mirrored.flatten(2).all(2).any(1).sum() < 71  # of 96
+        weights = sd.normalize_weights(raw_weights, sampler.probs)
+        loss = (weights[t[0]] * noise[0].square().mean((1, 2, 3))).mean()
+        assert run.losses[0].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert len(timesteps) == 5 * 6
+    mirrored = torch.cat(x0)[:, None].flip(-1) == sd.to_float(images)
+    assert 25 < mirrored.flatten(2).all(2).any(1).sum() < 71  # of 96
 
 
 def test_the_flags_of_each_method_reach_it(monkeypatch):
@@ -735,6 +816,49 @@ def test_the_optimiser_receives_the_decayed_momentum_and_skips_what_is_not_finit
     assert resumed.step == 3 and resumed.skipped == (amp == "off")  # where the loss itself was not finite
 
 
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
+    run, epochs = sd.Training(settings(*TINY), sd.render_digits(70)[0]), []
+    for _ in range(2):
+        batches = []
+        for _ in range(4):  # of 16: the last 6 images of an epoch are left out
+            batches.append(run.batch())
+            run.step += 1
+        epochs.append(torch.cat(batches))
+        assert len(epochs[-1].unique(dim=0)) == 64
+    assert not torch.equal(*epochs)
+
+
+def test_samples_are_drawn_as_the_flags_say():
+    asked = []
+
+    class Recorded(sd.GaussianDiffusion):
+        def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True):
+            asked.append((t[0].item(), eta))
+            return x_t
+
+    every = [(t, 1.0) for t in range(49, -1, -1)]
+    for flags, expected in (
+        ("--sampling-steps 3 --eta 0.5", [(49, 0.5), (24, 0.5), (0, 0.5)]),
+        ("--method ddpm", every),
+    ):
+        asked.clear()
+        args = settings("--timesteps", "50", *flags.split())
+        list(sd.draw_samples(lambda x, t: x, Recorded("linear", 50), 2, (1, 2, 2), args, 0, ""))
+        assert asked == expected
+
+
+def test_a_run_may_be_stopped_after_every_step(here):
+    options = [*TINY, "--strategy", "adaptive", "--adaptive-every", "2", "--out"]
+    assert sd.main([*options, "whole"]) == 0
+    command = [*options, "stopped"]
+    with signalled_at(range(1, 7)):
+        for step in range(1, 7):
+            assert sd.main(command) == 143 and checkpoint("stopped")["step"] == step
+            command = ["--resume", "stopped"]
+    assert sd.main(command) == 0
+    assert_same_run("whole", "stopped")
+
+
 def test_checkpoint_every_bounds_what_a_crash_loses(here):
     with before_steps({6}, lambda run: 1 / 0), pytest.raises(ZeroDivisionError):
         sd.main([*TINY, "--eval-every", "100", "--checkpoint-every", "2", "--out", "run"])
@@ -750,6 +874,7 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(here, capsys):
     assert last.startswith("speedup_diffusion.py: step 26: 10 losses in a row") and "--lr" in last
     assert state["step"] == 16 and state["skipped"] == 10  # the last before the losses went wrong
     assert sd.main(["--resume", "run", "--lr", "1e-5"]) == 0  # where the fault is gone
+    assert json.loads(Path("run/config.json").read_text())["lr"] == 1e-5
     assert "10 updates were skipped" in capsys.readouterr().out and metrics("run")[-1]["step"] == "40"
 
 
@@ -765,7 +890,8 @@ def test_no_step_waits_for_the_gpu_wherever_the_images_fit(strategy, share, monk
     run.train_step()
     request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     torch.cuda.set_sync_debug_mode("error")
-    [run.train_step() for _ in range(5)]
+    for _ in range(5):
+        run.train_step()
 
 
 def test_a_compiled_run_is_the_run(here, monkeypatch):
