@@ -871,13 +871,13 @@ class FrechetDistance:
         # clean-fid's data set cannot be sent to workers that do not fork
         workers = len(os.sched_getaffinity(0)) if multiprocessing.get_start_method() == "fork" else 0
         options = {"num_workers": workers, "device": self.device, "batch_size": 32, "verbose": False}
+        options |= {"custom_fn_resize": self.resize}
         with tempfile.TemporaryDirectory() as folder:
             count = 0
             for images in batches:
                 save_pngs(images, folder, count)
                 count += len(images)
-            extract = functools.partial(self.clean_fid.get_folder_features, custom_fn_resize=self.resize)
-            found = extract(folder, self.features, **options)
+            found = self.clean_fid.get_folder_features(folder, self.features, **options)
         if found.ndim != 2 or len(found) != count or not np.isfinite(found).all():
             raise ValueError(f"features of {count} images have shape {list(found.shape)} or are not finite")
         return found.mean(0), np.cov(found, rowvar=False)
@@ -1197,7 +1197,7 @@ def loop(run, folder, rows, held_out, distance):
                         raise KeyboardInterrupt(signals.received, signals.kept)
                     due = held_out if evaluates else None, distance if compares else None
                     rows.append(measure(run, folder, mean_loss, *due, signals))
-                    write_rows(rows, folder / "metrics.csv")
+                    append_row(rows[-1], folder / "metrics.csv")
                     bar.set_postfix(loss=f"{mean_loss:.4f}")
                     signals.at_once = False
                 logged, clock = step if logs else logged, time.perf_counter()
@@ -1230,13 +1230,14 @@ def measure(run, folder, mean_loss, held_out, distance, signals):
 
 def read_rows(path):
     """The rows of a metrics.csv, all text, without a last one that was cut off."""
-    with open(path) as file:
-        return [row for row in csv.DictReader(file) if row["fid"] is not None]
+    return list(csv.DictReader(line for line in path.read_text().splitlines(True) if line.endswith("\n")))
 
 
-def write_rows(rows, path):
-    table = [METRICS, *([row.get(name, "") for name in METRICS] for row in rows)]
-    write_whole(path, lambda temporary: temporary.write_text("".join(",".join(row) + "\n" for row in table)))
+def append_row(row, path):
+    with open(path, "a") as file:
+        file.write(",".join(row.get(name, "") for name in METRICS) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def train(args, folder=None, checkpoint=None, rows=()):
@@ -1264,7 +1265,8 @@ def train(args, folder=None, checkpoint=None, rows=()):
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}
         config = json.dumps(vars(args) | versions, indent=2) + "\n"
         write_whole(folder / "config.json", lambda path: path.write_text(config))
-        write_rows(rows, folder / "metrics.csv")
+        table = "".join(",".join(line) + "\n" for line in [METRICS, *(row.values() for row in rows)])
+        write_whole(folder / "metrics.csv", lambda path: path.write_text(table))
         if distance:
             mu, sigma = distance.reference
             write_whole(folder / "fid_reference.npz", lambda path: np.savez(path, mu=mu, sigma=sigma))
@@ -1274,7 +1276,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
         where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
         print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
         loop(run, folder, rows, held_out.to(args.device), distance)
-    # The pace is that since the first row of this session: the first steps are slow, what compiles does so then.
+    # The pace is that since this process's first row: the steps before it are slow, what compiles does so then.
     last, first = rows[-1], rows[min(before, len(rows) - 2)] if len(rows) > 1 else {"step": 0, "seconds": 0}
     figures = f"val_mse {last['val_mse']}, val_vlb {last['val_vlb']} bits per dimension"
     figures += f", {distance.name} {last['fid']}" if "fid" in last else ""
