@@ -14,9 +14,6 @@ Contents: 1 Forward process   2 Accelerations   3 U-Net   4 Sampling   5 Data   
 
 Measured on two CPU cores and two small problems, 2 seeds each: SpeeD reaches uniform sampling's last Frechet
 distance in 2.5 and 1.2 times fewer steps, the other three gain at most 1.08 (README). No GPU was at hand.
-
-T: number of timesteps, t in 0..T-1, t = 0 the least noisy. ab: alphas_cumprod [T]. Images: float in [-1, 1],
-[B, C, H, W]. x0: a clean image; x_t: a noisy one; eps (epsilon): the noise in it.
 """
 
 import argparse
@@ -61,10 +58,11 @@ RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", "0")), int(TORCHRUN.get("LOCAL_RANK"
 PROCESSES, LOCAL_PROCESSES = int(TORCHRUN.get("WORLD_SIZE", "1")), int(TORCHRUN.get("LOCAL_WORLD_SIZE", "1"))
 
 # 1 Forward process ------------------------------------------------------------------------------------------
-# Diffusion mixes noise into an image, little at t = 0, until at t = T - 1 nearly nothing else is left. A network
-# sees x_t and t and predicts the noise; the loss is the mean square error (MSE) of that. Sampling starts from
-# pure noise and steps back to t = 0. "The bound" is the variational bound on the likelihood: these MSEs, summed
-# over t with factors c_t. SNR, the signal-to-noise ratio, is ab / (1 - ab).
+# Diffusion mixes noise into an image x0, little at t = 0, until at t = T - 1 nearly nothing else is left. A
+# network sees the noisy x_t and t and predicts eps (epsilon), the noise in it; the loss is the mean square
+# error (MSE) of that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational
+# bound on the likelihood: these MSEs, summed over t with factors c_t. ab is alphas_cumprod, [T]; SNR, the
+# signal-to-noise ratio, is ab / (1 - ab). Images are float in [-1, 1], [B, C, H, W].
 
 
 class ForwardProcess:
@@ -121,8 +119,8 @@ class ForwardProcess:
 # any weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64
 # timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece: it needs math, torch and
 # what its docstring's first line names. "Measured" is our own figure: how many times fewer steps than uniform
-# timesteps it took to uniform's last Frechet distance (between samples and data, section 6), first on rendered
-# digits (1,600 steps), then on CIFAR-10 images shrunk to 16x16 (600 steps); mean of 2 seeds, on two CPU cores.
+# timesteps it took to uniform's last Frechet distance (between samples and data, section 6), first on digits
+# (1,600 steps), then on CIFAR-10 images shrunk to 16x16 (600 steps); mean of 2 seeds, on two CPU cores.
 
 
 class UniformSampler:
@@ -211,7 +209,7 @@ class CurriculumSampler:
 
 
 def average_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """In place, the mean of tensor over the processes that torch.distributed joined; unchanged where it did not."""
+    """In place, the mean of tensor over the processes of torch.distributed; unchanged where none are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
         tensor /= torch.distributed.get_world_size()
@@ -219,16 +217,16 @@ def average_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class AdaptiveSampler:
-    """Adaptive non-uniform sampling: a policy learns which t lower the bound most. With `average_over_processes`.
+    """Adaptive non-uniform sampling: a policy learns which t lower the bound. With `average_over_processes`.
 
     A network pi(x0) gives (a, b) of a Beta distribution for each image; u ~ Beta(a, b), t = round(u (T - 1)).
     Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after
     it, L_t being the variational bound's term at t in bits per dimension:
-      1. Delta^t of ONE image at `probe` evenly spaced timesteps, and their sum, enter a queue of `queue` rows;
+      1. Delta^t of ONE image at `probe` evenly spaced timesteps, and their sum, enter a queue of `queue`;
       2. Delta^t of EVERY image at the `selected` timesteps S gives its reward, the sum over S of Delta^t;
       3. REINFORCE: loss = -mean(log p(u_i) reward_i) - entropy mean(H_i), one Adam step of the policy;
-      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2, which
-         ranks as the authors' F score does).
+      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2,
+         which ranks as the authors' F score does).
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling", arXiv:2411.09998 (CVPR 2025). Network and
@@ -251,8 +249,8 @@ class AdaptiveSampler:
     """
 
     def __init__(
-        self, alphas_cumprod: torch.Tensor, in_channels: int, every: int = 40, selected: int = 3, queue: int = 20,
-        probe: int = 100, lr: float = 1e-2, entropy: float = 1e-2, floor: float = 0.01,
+        self, alphas_cumprod: torch.Tensor, in_channels: int, every: int = 40, selected: int = 3,
+        queue: int = 20, probe: int = 100, lr: float = 1e-2, entropy: float = 1e-2, floor: float = 0.01,
     ):  # fmt: skip
         T, device = len(alphas_cumprod), alphas_cumprod.device
         probe = min(probe, T)
@@ -314,8 +312,8 @@ class AdaptiveSampler:
 
     @torch.no_grad()
     def sample(self, x0: torch.Tensor, step: int) -> torch.Tensor:
-        # u = A / (A + B) with A ~ Gamma(a), B ~ Gamma(b), in logarithms: below 0.1 the draws themselves underflow
-        # and torch's Beta returns 1/2. A Gamma(c) draw is a Gamma(c + 1) draw times U^(1/c).
+        # u = A / (A + B) with A ~ Gamma(a), B ~ Gamma(b), in logarithms: below 0.1 the draws themselves
+        # underflow and torch's Beta returns 1/2. A Gamma(c) draw is a Gamma(c + 1) draw times U^(1/c).
         c = torch.stack(self.concentrations(x0))
         draw = torch.distributions.Gamma(c + 1, torch.ones_like(c), validate_args=False).sample()
         log_a, log_b = draw.log() + torch.rand_like(c).log() / c
@@ -450,7 +448,7 @@ def normalize_weights(weights: torch.Tensor, probs: torch.Tensor) -> torch.Tenso
 
 
 def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
-    """Momentum decay with learning-rate compensation (MDLRC): (beta1, lr_scale) at s = progress = n / N in [0, 1].
+    """Momentum decay with learning-rate compensation (MDLRC): (beta1, lr_scale) at progress s = n / N.
 
         beta1(s) = b (1 - s) / ((1 - b) + b (1 - s)),    lr_scale(s) = (1 - b) / (1 - beta1(s)) = 1 - b s
 
@@ -460,7 +458,7 @@ def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
     Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found.
     Second-hand: the compensation and b = 0.9. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952).
     Cost: none. Measured: slower than without on both problems: lr falls linearly to a tenth, too.
-    ValueError: beta1 outside [0, 1).
+    progress: in [0, 1]. ValueError: beta1 outside [0, 1).
     """
     if not 0 <= beta1 < 1:
         raise ValueError(f"beta1 must lie in [0, 1), got {beta1}")
@@ -501,7 +499,7 @@ class SelfAttention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """[B, c_in, H, W] and the time embedding [B, emb] -> [B, c_out, H, W]; attend: with self-attention after it."""
+    """[B, c_in, H, W] and the time embedding [B, emb] -> [B, c_out, H, W]; attend: and self-attention."""
 
     def __init__(self, c_in, c_out, emb, dropout, attend):
         super().__init__()
@@ -587,7 +585,7 @@ class UNet(nn.Module):
 
 
 class GaussianDiffusion(ForwardProcess):
-    """The forward process and two ways back through it: DDPM's and DDIM's. Arguments as for ForwardProcess."""
+    """The forward process and two ways back, DDPM's and DDIM's. Arguments as for ForwardProcess."""
 
     def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True) -> torch.Tensor:
         """One step t -> t_prev (int64 [B], -1 means x0) of DDIM, Song et al., arXiv:2010.02502, eq. 12.
@@ -660,7 +658,7 @@ def one_line(error: BaseException) -> str:
 
 
 def render_digits(count: int, size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits in Pillow's own font at random size, place, angle: uint8 [count, 1, size, size], labels [count]."""
+    """Digits in Pillow's font at random size, place, angle: uint8 [count, 1, size, size], labels [count]."""
     rng = random.Random(seed)
     canvas = 4 * size  # drawn four times as large, so that strokes are smooth
     fonts = [ImageFont.load_default(canvas * s / 64) for s in range(50, 73, 3)]
@@ -676,7 +674,7 @@ def render_digits(count: int, size: int = 16, seed: int = 0) -> tuple[torch.Tens
 
 
 def to_rgb(image):
-    """A PIL image of any mode as RGB, upright: the first frame, 16 bits scaled to 8, transparency on white."""
+    """A PIL image of any mode as RGB, upright: its first frame, 16 bits scaled to 8, alpha on white."""
     tags = getattr(image, "tag_v2", {})  # of TIFF: bits per sample, and whether 0 is white
     deep = image.mode.startswith(("I", "F"))  # Pillow itself would clip these to 255
     plain = tags.get(258, (16,)) == (16,) and tags.get(262) != 0 and "transparency" not in image.info
@@ -802,7 +800,7 @@ def evaluate(model, diffusion, images: torch.Tensor, count: int = 1024) -> tuple
 
 
 def draw_samples(model, diffusion, count, shape, args, seed, title, batch_size=256):
-    """Yields count images of shape (C, H, W) in [-1, 1], a batch at a time, as args sample; seed fixes them."""
+    """Yields count images of shape (C, H, W) in [-1, 1] in batches, as args sample; seed fixes them."""
     how = args.method, args.sampling_steps, args.eta, torch.Generator().manual_seed(seed)
     batch = math.ceil(count / math.ceil(count / batch_size))  # all alike: a model is compiled for one size
     with tqdm(total=count, unit="img", desc=title, leave=False) as bar:
@@ -888,7 +886,7 @@ class FrechetDistance:
 
 
 def write_whole(path: Path, write) -> None:
-    """write(temporary path), then rename: path holds the old content or the new, never half of it. OSError."""
+    """write(temporary path), then rename: path holds the old content or the new, never a half. OSError."""
     temporary = path.with_name("new-" + path.name)
     try:
         write(temporary)
@@ -988,7 +986,7 @@ def compile_in_place(args, *models):
 def join_processes() -> None:
     """What torchrun started becomes one group; where one process ends, what the others wait for fails."""
     if TORCHRUN:
-        # NCCL between GPUs; gloo for what is on the CPU, such as waiting while rank 0 measures, be it for hours.
+        # NCCL between GPUs; gloo for what is on the CPU, such as waiting, maybe hours, while rank 0 measures.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(days=1))
 
@@ -1010,7 +1008,7 @@ class Training:
     """
 
     def __init__(self, args, images: torch.Tensor):
-        """images: uint8 [N, C, H, W], on the CPU: they move to the device, unless they fill too much of it."""
+        """images: uint8 [N, C, H, W] on the CPU. They move to the device, unless they fill too much of it."""
         self.args, self.order, self.device = args, torch.empty(0), (device := torch.device(args.device))
         gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         self.images = images if gpu and images.numel() > gpu.total_memory / 4 else images.to(device)
@@ -1028,9 +1026,8 @@ class Training:
         self.scaler = torch.amp.GradScaler(device.type, init_scale=65_536.0 if self.fp16 else 1.0)
         self.step, self.seconds = 0, 0.0
         self.drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
-        self.losses = torch.zeros(
-            LOG_EVERY + PATIENCE, device=device
-        )  # a ring: those since the last look, and PATIENCE
+        # A ring: those since the last look, and as many before them as end a run.
+        self.losses = torch.zeros(LOG_EVERY + PATIENCE, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.parts: dict = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
         self.parts |= {"sampler": self.sampler} if args.strategy == "adaptive" else {}
@@ -1050,7 +1047,7 @@ class Training:
                 part.load_state_dict(state[name])
 
     def batch(self) -> torch.Tensor:
-        """The next images, float [B, C, H, W]: each epoch in its own order, without an incomplete last batch."""
+        """The next images, float [B, C, H, W]: each epoch in its own order, less an incomplete last batch."""
         args = self.args
         epoch, batch = divmod(self.step, len(self.images) // args.batch_size)
         if batch == 0 or not len(self.order):
@@ -1066,7 +1063,7 @@ class Training:
     def train_step(self) -> None:
         args, step, model, sampler = self.args, self.step, self.model, self.sampler
         adaptive = args.strategy == "adaptive"
-        # A CPU's generator keeps 32 bits of a seed; this odd factor, 2^32 / 1.618, spreads the ranks over them.
+        # A CPU's generator keeps 32 bits of a seed; an odd factor, 2^32 / 1.618, spreads the ranks over them.
         seed = args.seed * 1_000_003 + RANK * 2_654_435_769
         torch.manual_seed(seed + 2 * step)
         x0 = self.batch()
@@ -1135,8 +1132,8 @@ class Training:
 class Signals:
     """with Signals() as signals: SIGINT and SIGTERM only set `received`, so that a step can be finished.
 
-    While `at_once` is set (measuring, with the checkpoint written) they interrupt, saying what is `kept`; a second
-    one ends the process in any case.
+    While `at_once` is set (measuring, with the checkpoint written) they interrupt, saying what is `kept`; a
+    second one ends the process in any case.
     """
 
     def __enter__(self):
@@ -1168,7 +1165,7 @@ class Signals:
 
 
 def loop(run, folder, rows, held_out, distance):
-    """Train to the end. Rank 0 writes checkpoints, rows and pictures when they are due, while the others wait."""
+    """Train to the end. Rank 0 writes checkpoints, rows and pictures when due, while the others wait."""
     args, saved, clock = run.args, run.step or None, time.perf_counter()
     logged = int(rows[-1]["step"]) if rows else 0
     options = {"initial": run.step, "unit": "img", "unit_scale": args.batch_size, "disable": RANK > 0}
@@ -1208,7 +1205,7 @@ def loop(run, folder, rows, held_out, distance):
 
 
 def measure(run, folder, mean_loss, held_out, distance, signals):
-    """A row of metrics.csv: with held_out the EMA model's figures, and new pictures; with distance, its FID."""
+    """A row of metrics.csv: with held_out the EMA model's figures and new pictures, with distance its FID."""
     args, group = run.args, run.optimizer.param_groups[0]
     values = run.step, run.step * args.batch_size, run.seconds, mean_loss, group["lr"], group["betas"][0]
     row = dict(zip(METRICS, values))
@@ -1241,7 +1238,7 @@ def append_row(row, path):
 
 
 def train(args, folder=None, checkpoint=None, rows=()):
-    """Train as args say: from the start into a new folder, or on from a checkpoint and its rows in its own."""
+    """Train as args say: from the start into a new folder, or on from a checkpoint and rows in its own."""
     batch, rows = args.batch_size, list(rows)
     refuse(batch % PROCESSES, f"--batch-size {batch} must divide by {PROCESSES}, the processes")
     if RANK == 0:
@@ -1276,7 +1273,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
         where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
         print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
         loop(run, folder, rows, held_out.to(args.device), distance)
-    # The pace is that since this process's first row: the steps before it are slow, what compiles does so then.
+    # The pace is that since this process's first row: the steps before it are slow, and compile what does.
     last, first = rows[-1], rows[min(before, len(rows) - 2)] if len(rows) > 1 else {"step": 0, "seconds": 0}
     figures = f"val_mse {last['val_mse']}, val_vlb {last['val_vlb']} bits per dimension"
     figures += f", {distance.name} {last['fid']}" if "fid" in last else ""
@@ -1316,7 +1313,7 @@ def flops_per_image(args, channels: int) -> int:
 
 
 def performance(run, images_per_second):
-    """A line: images/s, peak memory, on a GPU also how much of its matrix rate the U-Net's operations make up."""
+    """A line: images/s, peak memory, on a GPU the share of its matrix rate that the U-Net makes up."""
     text, size, device = f"{images_per_second:.4g} images/s", 8192, run.device
     if device.type == "cpu":
         with contextlib.suppress(ImportError):  # on Windows
@@ -1329,10 +1326,7 @@ def performance(run, images_per_second):
 
     text += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
     torch.cuda.empty_cache()
-    with (
-        contextlib.suppress(torch.OutOfMemoryError),
-        torch.cuda.device(device),
-    ):  # others may use this GPU, too
+    with contextlib.suppress(torch.OutOfMemoryError), torch.cuda.device(device):  # others may use it, too
         a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
         rate = 2 * size**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(20).mean
         share = flops_per_image(run.args, run.images.shape[1]) * images_per_second / PROCESSES / rate
@@ -1354,7 +1348,7 @@ def refuse_full_disk(args, folder):
 
 
 def new_folder(out, default, first):
-    """The folder out, new or empty, or default, default-2 ...; it belongs to who first makes `first` in it."""
+    """The folder out, new or empty, or default, default-2 ...: of who first makes the file `first` in it."""
     for number in itertools.count(1):
         path = Path(out or (default if number == 1 else f"{default}-{number}"))
         try:
@@ -1398,7 +1392,7 @@ def reading(path):
 
 
 def load_checkpoint(path):
-    """A checkpoint of this script, its tensors on the CPU, never unpickled as code. UserError: anything else."""
+    """A checkpoint of this script, on the CPU, never unpickled as code. UserError: anything else."""
     refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1463,7 +1457,7 @@ def curve(run, name="fid"):
 
 
 def reach(points, target):
-    """(step, seconds) where the line through points, a curve, first falls to target; None where it does not."""
+    """(step, seconds) where the line through points, a curve, first falls to target, else None."""
     for before, point in zip([points[0], *points] if points else [], points):
         if point[2] <= target:
             share = (before[2] - target) / (before[2] - point[2]) if before[2] > point[2] else 0.0
@@ -1472,7 +1466,7 @@ def reach(points, target):
 
 
 def group_by_setting(runs):
-    """{name: its runs}: those that differ in FREE alone are one setting, named by how it differs from the first."""
+    """{name: runs that differ in FREE alone}, a setting, named by how it differs from the first run."""
     named, groups = FREE | {"strategy", "weighting", "momentum_decay"}, {}
     for run in runs:
         config, name = run.config, run.config["strategy"]
@@ -1486,7 +1480,7 @@ def group_by_setting(runs):
 
 
 def report(folders, out):
-    """Print a Markdown table of the runs, a row for each setting, the first the baseline; draw two pictures."""
+    """Print a Markdown table of the runs, a row a setting, the first the baseline; draw two pictures."""
     runs = [read_run(Path(folder)) for folder in folders]
     measured = [run for run in runs if "features" in run.config]
     for names, some in (("data",), runs), (FID_SETTINGS, measured):
@@ -1495,8 +1489,8 @@ def report(folders, out):
             refuse(one != two, f"--report: {name} is {one} in {some[0].folder} but {two} in {run.folder}")
     fid = measured[0].config["features"].split(", crc32")[0] if measured else "FID"
     groups = group_by_setting(runs)
-    # A run is held against the baseline with its own seed, which had the same first weights, images and noise:
-    # where did each first reach the baseline's last FID?
+    # Where did each first reach the baseline's last FID? A run is held against the baseline with its seed,
+    # which had the same first weights, images and noise.
     curves = {run.config["seed"]: curve(run) for run in next(iter(groups.values()))}
     goals = {seed: (ps[-1][2], *reach(ps, ps[-1][2])) for seed, ps in curves.items() if ps}
     mean_goal = tuple(map(statistics.fmean, zip(*goals.values())))
@@ -1536,7 +1530,7 @@ def report(folders, out):
 
 
 def draw_curves(figure, groups, fid):
-    """FID over steps and over seconds: each setting's mean as a line, its runs as dots, the baseline black."""
+    """FID over steps and over seconds: each setting's mean a line, its runs dots, the baseline black."""
     axes = figure.subplots(1, 2, sharey=True)
     for number, (name, runs) in enumerate(groups.items()):
         points, color = list(itertools.chain(*map(curve, runs))), f"C{number - 1}" if number else "black"
@@ -1558,7 +1552,7 @@ def draw_curves(figure, groups, fid):
 
 
 def draw_methods(figure, groups, fid):
-    """P(t) and w(t) of the static methods, P(t) of the curriculum as it moves, and as an adaptive run drew it."""
+    """P(t) and w(t) of the static methods, P(t) of the curriculum as it moves and as an adaptive run drew."""
     runs = list(itertools.chain(*groups.values()))
     args = argparse.Namespace(**runs[0].config)
     T, ab = args.timesteps, GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
@@ -1608,7 +1602,7 @@ DATASETS = {
 # fmt: on
 CHANGEABLE = {"device", "data_dir", "fid_features", "amp", "compile", "lr", "grad_clip"}  # beside --resume
 COUNT, SHARE = "int [1, 1e9]", "[0, 1)"
-# flag: (what it takes, its default, help). No default: it is the data set's, or follows from others, or there is none.
+# flag: (what it takes, its default, help). None: the data set has a default, or it follows from other flags.
 FLAGS = {
     "method": None,
     "--strategy": (STRATEGIES, "uniform", "how timesteps are drawn"),
@@ -1676,7 +1670,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(interval):
-    """An argparse type: a number in an interval such as "[0, 1)", or a whole one in "int [0, 9]". nan is in none."""
+    """An argparse type: a number in an interval such as "[0, 1)", a whole one in "int [0, 9]"; never nan."""
     kind, ends = (int, interval[4:]) if interval.startswith("int") else (float, interval)
     low, high = (float(end) for end in ends[1:-1].split(","))
 
@@ -1744,7 +1738,7 @@ def usable_device(name, amp):
 
 
 def parse_args(argv):
-    """(settings with all defaults filled in, the set of names that were given). UserError where they clash."""
+    """(settings, with the defaults filled in; the names that were given). UserError where they clash."""
     given = vars(make_parser().parse_args(argv))
     defaults = {setting(flag): row[1] for flag, row in FLAGS.items() if row}
     args = argparse.Namespace(**defaults | given)
@@ -1806,9 +1800,8 @@ def resume(args, given):
     if RANK == 0:
         checkpoint = load_checkpoint(folder / "checkpoint.pt")
         try:
-            rows = [
-                row for row in read_rows(folder / "metrics.csv") if int(row["step"]) <= checkpoint["step"]
-            ]
+            lines = read_rows(folder / "metrics.csv")
+            rows = [row for row in lines if int(row["step"]) <= checkpoint["step"]]
         except (OSError, ValueError, KeyError, csv.Error) as error:
             raise UserError(f"{folder}: no metrics.csv of this script ({one_line(error)})") from error
         read = [(checkpoint, rows)]
