@@ -568,6 +568,15 @@ def test_without_a_network_or_a_fit_scipy_fid_is_refused_before_training(here, c
         assert re.search(f"^.*{says}.*$", capsys.readouterr().err.strip())
 
 
+def test_the_picture_of_the_timesteps_shows_t_upwards_and_training_to_the_right(tmp_path):
+    drawn = torch.ones(50, 100)
+    drawn[25:, 50:] = 0  # of the larger t none in the second half
+    sd.save_timesteps(drawn, tmp_path / "timesteps.png")
+    picture = np.asarray(Image.open(tmp_path / "timesteps.png"))
+    quarters = [picture[y, x] for y in (100, 270) for x in (180, 520)]  # from the top left, row by row
+    assert quarters == [191, 255, 191, 127]  # once, never, once, twice as often as uniform
+
+
 # 7 Training
 
 METHODS = {"uniform": ["--dropout", "0.2"], "logit-normal": [], "speed": ["--checkpoint-every", "2"]}
@@ -787,8 +796,12 @@ def test_a_run_needs_a_folder_that_no_other_process_trains_in_and_room_on_the_di
         assert sd.main([*TINY, "--out", "run"]) == 0
     assert others == [2] and "another process" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
-    assert sd.main([*TINY, "--out", "new/run"]) == 2 and os.listdir() == ["run"]
-    assert re.fullmatch(rf".*{here}.* GB.*\n", capsys.readouterr().err)
+    assert sd.main([*TINY, "--width", "64", "--out", "new/run"]) == 2 and os.listdir() == ["run"]
+    run = sd.Training(settings(*TINY, "--width", "64"), sd.render_digits(64)[0])
+    run.train_step()
+    torch.save(run.state_dict(), "checkpoint.pt")
+    needed = float(re.fullmatch(rf".*{here}.* GB.* take (\S+): .*\n", capsys.readouterr().err)[1])
+    assert 2 * os.path.getsize("checkpoint.pt") < needed * 1e9 < 2 * os.path.getsize("checkpoint.pt") + 3e7
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -814,6 +827,16 @@ def test_the_optimiser_receives_the_decayed_momentum_and_skips_what_is_not_finit
     resumed.load_state_dict(states[2])
     assert_same_tensors(resumed.scaler.state_dict(), run.scaler.state_dict())
     assert resumed.step == 3 and resumed.skipped == (amp == "off")  # where the loss itself was not finite
+
+
+def test_gradients_are_clipped_to_the_norm_that_the_flag_gives():
+    run, norms = sd.Training(settings(*TINY, "--grad-clip", "0.001"), sd.render_digits(64)[0]), []
+    weights = list(run.model.parameters())
+    run.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(nn.utils.get_total_norm([p.grad for p in weights]))
+    )
+    run.train_step()
+    assert norms[0].item() == pytest.approx(0.001, rel=1e-2)
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
@@ -917,7 +940,12 @@ def test_a_run_on_mnist_files_generates_images_that_repeat_with_the_seed(here):
     write_mnist(here / "data", (64, 32))
     assert sd.main(["--dataset", "mnist", "--num-blocks", "1", *TINY, "--out", "run"]) == 0
     generate = "--generate 6 --checkpoint run/checkpoint.pt --batch-size 4 --sampling-steps 3 --device cpu"
-    for more in ([], [], ["--out", "other", "--seed", "1"]):
+    assert sd.main(generate.split()) == 0
+    state = checkpoint("run")
+    torch.save(
+        state | {"model": {name: 0 * part for name, part in state["model"].items()}}, "run/checkpoint.pt"
+    )
+    for more in ([], ["--out", "other", "--seed", "1"]):  # from the average of the weights, not from the last
         assert sd.main([*generate.split(), *more]) == 0
     one, two, other = (sorted(Path(name).iterdir()) for name in ("run/generated", "run/generated-2", "other"))
     assert [path.name for path in one] == [f"{i:06d}.png" for i in range(6)] + ["grid.png"]
@@ -1103,7 +1131,22 @@ def code_blocks():
 def test_every_snippet_of_the_readme_runs_as_it_stands(here, block):
     if "from diffusers" in block:
         pytest.importorskip("diffusers")
-    exec(compile(block, "README.md", "exec"), {"__name__": "snippet"})  # noqa: S102
+    names = {"__name__": "snippet"}
+    exec(compile(block, "README.md", "exec"), names)  # noqa: S102
+    assert all(p.isfinite().all() for group in names["optimizer"].param_groups for p in group["params"])
+
+
+def test_the_snippet_of_momentum_decay_sets_adam_and_sgd():
+    names = {"__name__": "snippet"}
+    exec(next(block for block in code_blocks() if "def set_momentum" in block), names)  # noqa: S102
+    beta1, lr_scale = sd.momentum_decay(0.99)  # its last step
+    group = names["optimizer"].param_groups[0]
+    assert (group["lr"], *group["betas"]) == pytest.approx((1e-2 * lr_scale, beta1, 0.999))
+    sgd = torch.optim.SGD([names["weight"]], lr=0.1, momentum=0.9)
+    names["set_momentum"](sgd, 0.99)
+    assert (sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"]) == pytest.approx((0.1, beta1))
+    with pytest.raises(ValueError, match="Adagrad has no momentum"):
+        names["set_momentum"](torch.optim.Adagrad([names["weight"]]), 0.99)
 
 
 def test_every_flag_the_readme_names_exists():
