@@ -298,7 +298,7 @@ class AdaptiveSampler:
             return torch.exp(a * u.log() + b * (-u).log1p() - log_beta)
 
         edges = ((torch.arange(T + 1, dtype=a.dtype, device=a.device) - 0.5) / max(1, T - 1)).clamp(0, 1)
-        edges[-1] = 1  # for T = 1
+        edges[-1:] = 1  # for T = 1; edges[-1] would wait for a GPU
         middle, half = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
         nodes = ((-(0.6**0.5), 5 / 9), (0.0, 8 / 9), (0.6**0.5, 5 / 9))
         smooth = sum(weight * half * kernel(middle + node * half) for node, weight in nodes)
