@@ -47,7 +47,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -61,8 +60,8 @@ PROCESSES, LOCAL_PROCESSES = int(TORCHRUN.get("WORLD_SIZE", "1")), int(TORCHRUN.
 # Diffusion mixes noise into an image x0, little at t = 0, until at t = T - 1 nearly nothing else is left. A
 # network sees the noisy x_t and t and predicts eps (epsilon), the noise in it; the loss is the mean square
 # error (MSE) of that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational
-# bound on the likelihood: these MSEs, summed over t with factors c_t. ab is alphas_cumprod, [T]; SNR, the
-# signal-to-noise ratio, is ab / (1 - ab). Images are float in [-1, 1], [B, C, H, W].
+# bound on the likelihood: these MSEs, summed over t with the factors `vlb_coefficients`. ab is short for
+# alphas_cumprod, [T]; SNR, the signal-to-noise ratio, is ab / (1 - ab). Images: [B, C, H, W] in [-1, 1].
 
 
 class ForwardProcess:
@@ -75,8 +74,8 @@ class ForwardProcess:
     betas, alphas_cumprod: float32 [T], on device.
     vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the
     fixed variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the variational
-    bound's term at t that depends on the model, in bits per dimension (at t = 0 of a KL, not of the DDPM
-    paper's likelihood).
+    bound's term at t that depends on the model, in bits per dimension (at t = 0 of a KL term like the others,
+    where the DDPM paper has a discrete likelihood).
     """
 
     def __init__(self, schedule: str = "linear", timesteps: int = 1000, device: str = "cpu"):
@@ -135,9 +134,10 @@ class UniformSampler:
 
 
 class LogitNormalSampler:
-    """The middle more often than the ends: t = floor(T sigmoid(z)), z ~ N(0, 1). A baseline, as in SD3.
+    """The middle more often than the ends: t = floor(T sigmoid(z)), z ~ N(0, 1). A baseline.
 
-    Esser et al., arXiv:2403.03206. Measured: 1.5 on the digits, at a higher val_mse; not run on CIFAR-10.
+    Esser et al., arXiv:2403.03206 (Stable Diffusion 3). Measured: 1.5 on the digits, at a higher val_mse; not
+    run on CIFAR-10.
     """
 
     def __init__(self, timesteps: int):
@@ -217,7 +217,7 @@ def average_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class AdaptiveSampler:
-    """Adaptive non-uniform sampling: a policy learns which t lower the bound. With `average_over_processes`.
+    """Adaptive non-uniform sampling: a policy learns which t lower the bound. Needs `average_over_processes`.
 
     A network pi(x0) gives (a, b) of a Beta distribution for each image; u ~ Beta(a, b), t = round(u (T - 1)).
     Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after
@@ -226,7 +226,7 @@ class AdaptiveSampler:
       2. Delta^t of EVERY image at the `selected` timesteps S gives its reward, the sum over S of Delta^t;
       3. REINFORCE: loss = -mean(log p(u_i) reward_i) - entropy mean(H_i), one Adam step of the policy;
       4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2,
-         which ranks as the authors' F score does).
+         the ranking of scikit-learn's f_regression, which the authors use).
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling", arXiv:2411.09998 (CVPR 2025). Network and
@@ -238,11 +238,12 @@ class AdaptiveSampler:
     beta_t; S may change from the third probe on; adaptive pooling, for images of any size; a share `floor` of
     u is uniform, so that no t dies out.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
-    policy at every step: 8% to 24% of uniform's time with a U-Net of 0.64M parameters (`make bench`: 11%),
-    less with a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps
+    policy at every step: 11% to 12% of uniform's time with a U-Net of 0.64M parameters (`make bench`), less
+    with a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps
     and 0.98 in time on CIFAR-10.
 
-    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, measured in eval mode.
+    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, put into eval mode as a
+    whole to be measured, and back into the mode it was in.
     `probs` is the mixture over the images of the last policy update. With several processes each has its own
     images, and all keep the same policy, queue, S and `probs`; a probe is the mean over one image of each.
     ValueError: fewer timesteps than `selected`, or a number that makes no sense.
@@ -255,8 +256,7 @@ class AdaptiveSampler:
         T, device = len(alphas_cumprod), alphas_cumprod.device
         probe = min(probe, T)
         if not 1 <= selected <= probe or every < 1 or queue < 3 or not 0 < floor < 1:
-            limits = f"selected must lie in 1..{probe}, every >= 1, queue >= 3, 0 < floor < 1"
-            raise ValueError(f"{probe} timesteps are probed: {limits}")
+            raise ValueError(f"selected must lie in 1..{probe}; every >= 1, queue >= 3, 0 < floor < 1")
         ab = alphas_cumprod.double()
         alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
         self.vlb_coefficients = ((1 - alphas) / (2 * alphas * (1 - ab) * math.log(2))).float()
@@ -405,14 +405,14 @@ class AdaptiveSampler:
 
 
 def change_aware_weights(alphas_cumprod: torch.Tensor, lam: float = 0.6) -> torch.Tensor:
-    """SpeeD's weighting: timesteps where the noise changes fast count more. Then call `normalize_weights`.
+    """SpeeD's weighting: timesteps where the noise changes fast count more. For `normalize_weights`.
 
         g = gradient of (1 - ab) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam    [T]
 
     Source: Wang et al., arXiv:2405.17403. lam = 0.6: authors' code, which sets the weight to 1 for t >= tau;
     this is the formula as third parties read it, on all t. Cost: none. Measured alone: 1.1 and 1.05; with
     SpeeDSampler lam = 0.8 gave 3.9 and 1.3, where 0.6 gave 2.5 and 1.2.
-    alphas_cumprod: [T], T >= 3. ValueError: lam outside [0.5, 1], or T < 3.
+    alphas_cumprod: [T], T >= 3, not a straight line. ValueError: lam outside [0.5, 1], or T < 3.
     """
     if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 3:
         raise ValueError(f"lam must lie in [0.5, 1] and T be at least 3, got {lam}, {len(alphas_cumprod)}")
@@ -426,8 +426,7 @@ def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float = 5.0) -> torch.T
 
     Hang et al., arXiv:2303.09556, gamma = 5 theirs. Measured: 1.6 and 1.15, at a higher val_mse.
     """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return (gamma * (1 - alphas_cumprod) / alphas_cumprod).clamp(max=1)  # the same, also for SNR = 0
 
 
 def p2_weights(alphas_cumprod: torch.Tensor, k: float = 1.0, gamma: float = 1.0) -> torch.Tensor:
@@ -470,7 +469,7 @@ def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of 4 channels or more: one of its own would normalise the time embedding away."""
+    """At most 32 groups, of 4 channels or more: in one of its own the time embedding, a constant, cancels."""
     return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels)
 
 
@@ -499,7 +498,7 @@ class SelfAttention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """[B, c_in, H, W] and the time embedding [B, emb] -> [B, c_out, H, W]; attend: and self-attention."""
+    """[B, c_in, H, W] and the time embedding [B, emb] -> [B, c_out, H, W]; attend: then self-attention."""
 
     def __init__(self, c_in, c_out, emb, dropout, attend):
         super().__init__()
@@ -520,8 +519,8 @@ class UNet(nn.Module):
     """DDPM's U-Net: model(x_t [B, C, H, W], t int64 [B]) -> eps [B, C, H, W].
 
     Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way
-    up, at half the resolution of level i - 1. attention: the resolutions (sides of feature maps, images being
-    square, of image_size) with self-attention; unless empty, the middle has it too. patch: images are folded
+    up, at half the resolution of level i - 1. attention: sides of the (square) feature maps that get
+    self-attention; unless empty, the middle has it too. patch: images are folded
     to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
     ValueError: an odd width, or an image_size that patch and the levels do not divide.
     """
@@ -639,7 +638,7 @@ class GaussianDiffusion(ForwardProcess):
 
 
 # 5 Data: one uint8 tensor [N, C, size, size] to train on, and one held out ----------------------------------
-# From here on args are the settings, a Namespace; FLAGS in section 9 lists them.
+# From here on args are the settings, a Namespace; FLAGS in section 9 lists them. First, how errors are told.
 
 
 class UserError(Exception):
@@ -652,9 +651,20 @@ def refuse(condition: object, message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line: the last one of a traceback, else the first."""
+    """The first sentence of what an exception says; of a traceback, that of its last line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if "Traceback" in str(error) else 0].strip().rstrip(":.")
+    return lines[-1 if "Traceback" in str(error) else 0].split(". ")[0].strip().rstrip(":.")
+
+
+@contextlib.contextmanager
+def explained(problem):
+    """Whatever the body raises, and libraries raise many kinds, becomes a UserError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{problem}: {one_line(error)}") from error
 
 
 def render_digits(count: int, size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -692,34 +702,27 @@ def read_images(open_image, names, size):
     """uint8 [N, C, size, size] of open_image(name) -> PIL image, centre-cropped; C = 1 if all are grey."""
 
     def read(name):
-        try:
-            with open_image(name) as image:
-                return np.array(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
-        except Exception as error:  # Pillow's readers raise many kinds
-            problem = f"{name} cannot be read as an image ({one_line(error)})"
-            raise UserError(f"{problem}: mend or remove it") from error
+        with explained(f"{name} cannot be read as an image, mend or remove it"), open_image(name) as image:
+            return np.array(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
 
     images = torch.empty((len(names), 3, size, size), dtype=torch.uint8)
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         bar = tqdm(pool.map(read, names), "reading images", len(names), leave=False, disable=RANK > 0)
-        try:
-            for i, pixels in enumerate(bar):
-                images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest is not waited for
+        for i, pixels in enumerate(bar):  # an exception, as of Ctrl-C, cancels what is left to read
+            images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
     grey = all((part == part[:, :1]).all() for part in images.split(1024))
     return images[:, :1].clone() if grey else images
 
 
 def open_file(path):
-    """Image.open, but not of a pipe, which never ends, nor of what a name may hide: EPS runs code."""
+    """Image.open of a file in one of these formats: a pipe never ends, EPS under any name runs code."""
     refuse(not path.is_file(), "no file, or a link that leads nowhere")
     return Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"))
 
 
 def read_folder(folder, size):
-    """Every image file below folder, in the order of their paths; of folders linked twice, the first."""
+    """Every image file below folder, in the order of their paths; a folder linked twice is read once."""
 
     def fail(error):
         raise UserError(f"--data-dir {folder}: {error}")
@@ -753,15 +756,12 @@ def load_dataset(name: str, data_dir: str, size: int) -> tuple[torch.Tensor, tor
     from torchvision import datasets  # as slow to import as torch: a wrong flag should be known at once
 
     kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
-    try:
+    problem = f"{name} is not in {data_dir} and could not be downloaded; put its files there as torchvision"
+    with explained(f"{problem} expects them, or use --dataset folder or digits"):
         if name == "celeba":
             parts = [datasets.CelebA(data_dir, split=split, download=True) for split in ("train", "test")]
         else:
             parts = [kinds[name](data_dir, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # no network, a full disk, a missing gdown, a checksum: torchvision says which
-        problem = f"{name} is not in {data_dir} and could not be downloaded ({one_line(error)})"
-        advice = "put its files there as torchvision expects them, or use --dataset folder or digits"
-        raise UserError(f"{problem}: {advice}") from error
     train, held_out = (read_images(lambda i, part=part: part[i][0], range(len(part)), size) for part in parts)
     return train, held_out
 
@@ -800,7 +800,7 @@ def evaluate(model, diffusion, images: torch.Tensor, count: int = 1024) -> tuple
 
 
 def draw_samples(model, diffusion, count, shape, args, seed, title, batch_size=256):
-    """Yields count images of shape (C, H, W) in [-1, 1] in batches, as args sample; seed fixes them."""
+    """Yields count images (C, H, W) in [-1, 1], in batches; fixed by args, seed, count and batch_size."""
     how = args.method, args.sampling_steps, args.eta, torch.Generator().manual_seed(seed)
     batch = math.ceil(count / math.ceil(count / batch_size))  # all alike: a model is compiled for one size
     with tqdm(total=count, unit="img", desc=title, leave=False) as bar:
@@ -830,17 +830,19 @@ class FrechetDistance:
 
     def __init__(self, features, device, images, published_cifar10=False, saved=None):
         self.name = f"FD ({Path(features).name})" if features else "FID"
-        self.device, self.resize = torch.device(device), np.asarray if features else None
-        try:
+        self.device, self.resize = torch.device(device), np.asarray if features else None  # their own size
+        with explained("--fid-samples needs clean-fid, pip install clean-fid 'scipy<1.18'"):
             from cleanfid import features as inception
             from cleanfid import fid
 
-            fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.eye(2))
-        except Exception as error:  # clean-fid 0.1.35 asks SciPy for what 1.18 has no more
-            problem = f"--fid-samples: no working clean-fid ({one_line(error)})"
-            raise UserError(f"{problem}: pip install clean-fid 'scipy<1.18'") from error
-        self.clean_fid, waited = fid, socket.getdefaulttimeout()
-        try:
+            fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.eye(2))  # fails with SciPy 1.18
+        self.clean_fid = fid
+        problem = "InceptionV3 or its reference cannot be had; give --fid-features FILE, or, if a download"
+        problem += " broke off, delete inception-2015-12-05.pt"
+        if features:
+            problem = f"--fid-features {features} must map images in 0..255, float [N, 3, H, W], to [N, D]"
+        with explained(problem), contextlib.ExitStack() as stack:
+            stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
             socket.setdefaulttimeout(20)  # a machine that is cut off should say so soon
             if features:
                 warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # it is to be replaced
@@ -855,14 +857,6 @@ class FrechetDistance:
                 self.reference = inception.get_reference_statistics("cifar10", 32, split="train")
             else:
                 self.reference = self.measure([images])
-        except Exception as error:  # no network, no TorchScript, other shapes: each raises its own kind
-            what = f"--fid-features {features}" if features else "InceptionV3 or its reference"
-            advice = "give --fid-features FILE; if a download broke off, delete inception-2015-12-05.pt"
-            if features:
-                advice = "it must map float images [N, 3, H, W] in 0..255 to features [N, D]"
-            raise UserError(f"{what} cannot be used ({one_line(error)}): {advice}") from error
-        finally:
-            socket.setdefaulttimeout(waited)
 
     def measure(self, batches):
         """(mu [D], sigma [D, D]) of the features of batches of uint8 [N, C, H, W]; grey ones become RGB."""
@@ -897,8 +891,7 @@ def write_whole(path: Path, write) -> None:
         problem = f"{path} could not be written and is as it was ({one_line(error)})"
         raise OSError(f"{problem}: is the disk full?") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def save_grid(images: torch.Tensor, path: Path) -> None:
@@ -925,8 +918,8 @@ def save_timesteps(drawn: torch.Tensor, path: Path) -> None:
 # 7 Training -------------------------------------------------------------------------------------------------
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
-PATIENCE = 10  # losses in a row that are not finite
-COLUMNS = 50  # of the picture of the timesteps
+PATIENCE = 10  # so many losses in a row that are not finite end a run
+COLUMNS = 50  # of timesteps.png
 COMPILE_FROM = 5_000  # steps: compiling takes a minute or two. Estimated, not measured
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
 WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
@@ -945,7 +938,8 @@ def build_model(args, channels: int) -> tuple[nn.Module, GaussianDiffusion]:
 
 def build_strategy(args, ab: torch.Tensor, channels: int):
     """The timestep sampler and the raw loss weights [T] of these settings."""
-    T, adaptive = len(ab), {name[9:]: value for name, value in vars(args).items() if name[:9] == "adaptive_"}
+    T, prefix = len(ab), "adaptive_"
+    adaptive = {name.removeprefix(prefix): value for name, value in vars(args).items() if prefix in name}
     samplers = {
         "uniform": lambda: UniformSampler(T),
         "logit-normal": lambda: LogitNormalSampler(T),
@@ -968,13 +962,12 @@ def make_autocast(args):
     device, amp = torch.device(args.device), args.amp
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    enabled = amp in ("bf16", "fp16")  # auto is off on a CPU: bf16 pays only on one made for it
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return functools.partial(torch.autocast, device.type, dtype, enabled=enabled), amp == "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)  # auto: none on a CPU, few gain by it
+    return functools.partial(torch.autocast, device.type, dtype, enabled=bool(dtype)), amp == "fp16"
 
 
 def compile_in_place(args, *models):
-    """torch.compile of the models; with auto one that cannot be compiled is called as it is."""
+    """torch.compile of the models; with auto one that cannot be compiled runs uncompiled."""
     config = torch._dynamo.config
     config.suppress_errors = args.compile == "auto"
     config.optimize_ddp = False  # it would cut the model into pieces
@@ -984,7 +977,7 @@ def compile_in_place(args, *models):
 
 
 def join_processes() -> None:
-    """What torchrun started becomes one group; where one process ends, what the others wait for fails."""
+    """Join the processes that torchrun started. Where one ends, what the others wait for fails."""
     if TORCHRUN:
         # NCCL between GPUs; gloo for what is on the CPU, such as waiting, maybe hours, while rank 0 measures.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -992,7 +985,7 @@ def join_processes() -> None:
 
 
 def to_device(tensor, device):
-    """The tensor there. From the host to a GPU it goes through pinned memory, and nothing waits for it."""
+    """The tensor on device: from the host to a GPU through pinned memory, and nothing waits for it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -1008,8 +1001,9 @@ class Training:
     """
 
     def __init__(self, args, images: torch.Tensor):
-        """images: uint8 [N, C, H, W] on the CPU. They move to the device, unless they fill too much of it."""
-        self.args, self.order, self.device = args, torch.empty(0), (device := torch.device(args.device))
+        """images: uint8 [N, C, H, W] on the CPU. They move to a GPU unless they take over a quarter of it."""
+        self.args, self.device = args, (device := torch.device(args.device))
+        self.order = torch.empty(0)  # of this epoch's images, drawn when it is needed
         gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         self.images = images if gpu and images.numel() > gpu.total_memory / 4 else images.to(device)
         self.autocast, self.fp16 = make_autocast(args)
@@ -1020,13 +1014,13 @@ class Training:
         if args.compile == "on" or (args.compile == "auto" and gpu and args.steps >= COMPILE_FROM):
             compile_in_place(args, self.model, self.ema)
         # DDP averages the gradients of what passes through it; all else calls the bare model.
-        self.forward = DistributedDataParallel(self.model) if TORCHRUN else self.model
+        self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if TORCHRUN else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
         # Off fp16 its scale stays 1: there it only skips the updates that are not finite, on the device.
         self.scaler = torch.amp.GradScaler(device.type, init_scale=65_536.0 if self.fp16 else 1.0)
         self.step, self.seconds = 0, 0.0
         self.drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
-        # A ring: those since the last look, and as many before them as end a run.
+        # A ring: the losses since the last look, at most LOG_EVERY, and the PATIENCE before them.
         self.losses = torch.zeros(LOG_EVERY + PATIENCE, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.parts: dict = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
@@ -1061,6 +1055,7 @@ class Training:
         return x0
 
     def train_step(self) -> None:
+        """One update, from the images of this step to the average and the tallies. Never waits for a GPU."""
         args, step, model, sampler = self.args, self.step, self.model, self.sampler
         adaptive = args.strategy == "adaptive"
         # A CPU's generator keeps 32 bits of a seed; an odd factor, 2^32 / 1.618, spreads the ranks over them.
@@ -1070,15 +1065,15 @@ class Training:
         noise = torch.randn_like(x0)
         t = sampler.sample(x0, step)
 
-        torch.manual_seed(seed + 2 * step + 1)  # of dropout, whatever the sampler drew
+        torch.manual_seed(seed + 2 * step + 1)  # for dropout and probes, whatever the sampler drew
         with self.autocast():
-            eps = self.forward(self.diffusion.q_sample(x0, t, noise), t)
+            eps = self.ddp_model(self.diffusion.q_sample(x0, t, noise), t)
         mse = (eps.float() - noise).square().flatten(1).mean(1)
         loss = (normalize_weights(self.raw_weights, sampler.probs)[t] * mse).mean()
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
 
         beta1, lr_scale = momentum_decay(step / args.steps if args.momentum_decay else 0.0, args.beta1)
         for group in self.optimizer.param_groups:
@@ -1099,7 +1094,8 @@ class Training:
         # How often each t was drawn, and the loss: over all processes.
         tally = torch.zeros(args.timesteps + 1, device=self.device)
         tally.scatter_add_(0, t, torch.full(t.shape, float(PROCESSES), device=self.device))
-        tally[-1] = loss.detach()
+        # A gradient that is not finite counts as such a loss, but with fp16, where it only lowers the scale.
+        tally[-1] = loss.detach() + (0.0 if self.fp16 else 0 * norm)
         average_over_processes(tally)
         self.drawn[step * COLUMNS // args.steps] += tally[:-1].round().int()
         self.losses[step % len(self.losses)] = tally[-1]
@@ -1116,7 +1112,7 @@ class Training:
             loss = kept[step % len(kept)]
             in_a_row = 0 if math.isfinite(loss) else in_a_row + 1
             if in_a_row == PATIENCE:
-                problem = f"step {step + 1}: {PATIENCE} losses in a row were not finite"
+                problem = f"step {step + 1}: {PATIENCE} losses or gradients in a row were not finite"
                 advice = "--amp bf16 or off, fp16 overflows" if self.fp16 else "a lower --lr, it diverges"
                 raise FloatingPointError(f"{problem}: --resume the run with {advice}")
             if step >= logged and not in_a_row:
@@ -1129,49 +1125,46 @@ class Training:
             return self.ema(x_t, t)
 
 
-class Signals:
-    """with Signals() as signals: SIGINT and SIGTERM only set `received`, so that a step can be finished.
+@contextlib.contextmanager
+def deferred_signals():
+    """Meanwhile SIGINT and SIGTERM only set `received`, so that a step can be finished.
 
     While `at_once` is set (measuring, with the checkpoint written) they interrupt, saying what is `kept`; a
     second one ends the process in any case.
     """
+    signals = argparse.Namespace(received=0, at_once=False, kept="")
 
-    def __enter__(self):
-        self.received, self.at_once, self.kept, both = 0, False, "", (signal.SIGINT, signal.SIGTERM)
-        heard = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
-        self.before = {number: signal.signal(number, self.receive) for number in heard}
-        return self
-
-    def receive(self, number, frame):
-        self.received = number
-        for either in self.before:
+    def receive(number, frame):
+        signals.received = number
+        for either in before:
             signal.signal(either, signal.SIG_DFL)
-        if self.at_once:
-            raise KeyboardInterrupt(number, self.kept)
+        if signals.at_once:
+            raise KeyboardInterrupt(number, signals.kept)
 
-    def agreed(self):
-        """The signal that any of the processes received, or 0."""
-        number = torch.tensor(int(self.received))
-        if TORCHRUN:
-            distributed.all_reduce(number, distributed.ReduceOp.MAX)
-        return number.item()
-
-    def __exit__(self, kind, error, trace):
-        for number, handler in self.before.items():
+    both = signal.SIGINT, signal.SIGTERM
+    heard = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+    before = {number: signal.signal(number, receive) for number in heard}
+    try:
+        yield signals
+    except RuntimeError as error:  # the first process that a signal ends breaks what the others wait for
+        if signals.received and PROCESSES > 1:
+            raise KeyboardInterrupt(signals.received, signals.kept) from error
+        raise
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-        # The first process that a signal ends breaks what the others wait for.
-        if self.received and PROCESSES > 1 and isinstance(error, RuntimeError):
-            raise KeyboardInterrupt(self.received, self.kept) from error
 
 
 def loop(run, folder, rows, held_out, distance):
     """Train to the end. Rank 0 writes checkpoints, rows and pictures when due, while the others wait."""
-    args, saved, clock = run.args, run.step or None, time.perf_counter()
+    args, saved, clock = run.args, run.step or None, time.perf_counter()  # saved: the step of checkpoint.pt
     logged = int(rows[-1]["step"]) if rows else 0
     options = {"initial": run.step, "unit": "img", "unit_scale": args.batch_size, "disable": RANK > 0}
-    with Signals() as signals, tqdm(desc=args.strategy, total=args.steps, **options) as bar:
+    with deferred_signals() as signals, tqdm(desc=args.strategy, total=args.steps, **options) as bar:
         while True:
-            step, last, stop = run.step, run.step == args.steps, signals.agreed()
+            step, last, stop = run.step, run.step == args.steps, torch.tensor(int(signals.received))
+            if TORCHRUN:  # a signal to one process stops all
+                distributed.all_reduce(stop, distributed.ReduceOp.MAX)
             evaluates = last or step % args.eval_every == 0
             compares = distance and (last or step % (args.fid_every or args.steps) == 0)
             logs = evaluates or compares or step % LOG_EVERY == 0
@@ -1187,7 +1180,7 @@ def loop(run, folder, rows, held_out, distance):
                     saved = step
                 signals.kept = f" with the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
                 if stop:
-                    raise KeyboardInterrupt(stop, signals.kept)
+                    raise KeyboardInterrupt(stop.item(), signals.kept)
                 if RANK == 0 and logs and step > logged:
                     signals.at_once = saved == step or not healthy
                     if signals.received and signals.at_once:  # while the checkpoint was written
@@ -1237,54 +1230,6 @@ def append_row(row, path):
         os.fsync(file.fileno())
 
 
-def train(args, folder=None, checkpoint=None, rows=()):
-    """Train as args say: from the start into a new folder, or on from a checkpoint and rows in its own."""
-    batch, rows = args.batch_size, list(rows)
-    refuse(batch % PROCESSES, f"--batch-size {batch} must divide by {PROCESSES}, the processes")
-    if RANK == 0:
-        refuse_full_disk(args, folder)
-    for turn in range(3):  # rank 0, then one on each other machine, then the rest: a download is made once
-        if turn == min(RANK, 1) + min(LOCAL_RANK, 1):
-            images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
-        average_over_processes(torch.zeros(()))  # waits for all
-    refuse(batch > len(images), f"--batch-size {batch} is more than the {len(images)} training images")
-    distance = open_distance(args, images, folder) if RANK == 0 else None
-    run = Training(args, images)
-    if checkpoint:
-        with reading(folder / "checkpoint.pt"):
-            run.load_state_dict(checkpoint)
-    if RANK:
-        return loop(run, None, rows, None, None)
-    names = args.dataset, args.strategy, "" if args.weighting == "auto" else args.weighting
-    default = "-".join([name for name in names if name] + ["momentum-decay"] * args.momentum_decay)
-    folder = folder or new_folder(args.out, Path("runs", default), "config.json")
-    with alone_in(folder):
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        config = json.dumps(vars(args) | versions, indent=2) + "\n"
-        write_whole(folder / "config.json", lambda path: path.write_text(config))
-        table = "".join(",".join(line) + "\n" for line in [METRICS, *(row.values() for row in rows)])
-        write_whole(folder / "metrics.csv", lambda path: path.write_text(table))
-        if distance:
-            mu, sigma = distance.reference
-            write_whole(folder / "fid_reference.npz", lambda path: np.savez(path, mu=mu, sigma=sigma))
-        shape, before = "x".join(map(str, images.shape[1:])), len(rows)
-        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-        print(f"{folder}: {len(images)} images {shape} to train on, {len(held_out)} held out")
-        where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
-        print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
-        loop(run, folder, rows, held_out.to(args.device), distance)
-    # The pace is that since this process's first row: the steps before it are slow, and compile what does.
-    last, first = rows[-1], rows[min(before, len(rows) - 2)] if len(rows) > 1 else {"step": 0, "seconds": 0}
-    figures = f"val_mse {last['val_mse']}, val_vlb {last['val_vlb']} bits per dimension"
-    figures += f", {distance.name} {last['fid']}" if "fid" in last else ""
-    print(f"{run.seconds:.0f} s of training: {figures}")
-    if run.skipped:
-        print(f"{run.skipped} updates were skipped: their loss was not finite")
-    print(f"samples and all else in {folder}")
-    steps, seconds = (float(last[name]) - float(first[name]) for name in ("step", "seconds"))
-    print(performance(run, steps * batch / max(seconds, 1e-9)))
-
-
 def open_distance(args, images, folder):
     """The FrechetDistance that args ask for, or None. Adds to args which data and features it measures with.
 
@@ -1313,7 +1258,7 @@ def flops_per_image(args, channels: int) -> int:
 
 
 def performance(run, images_per_second):
-    """A line: images/s, peak memory, on a GPU the share of its matrix rate that the U-Net makes up."""
+    """A line: images/s, peak memory, on a GPU the share of its matrix rate that the U-Net reaches."""
     text, size, device = f"{images_per_second:.4g} images/s", 8192, run.device
     if device.type == "cpu":
         with contextlib.suppress(ImportError):  # on Windows
@@ -1342,13 +1287,13 @@ def refuse_full_disk(args, folder):
     place = next(place for place in (path, *path.parents) if os.path.isdir(place))
     refuse(not os.access(place, os.W_OK | os.X_OK), f"{place} may not be written: name another with --out")
     free = shutil.disk_usage(place).free
-    needed = (1 if folder else 2) * (16 * weights + 1e7)  # float32: model, EMA, AdamW's two moments; the rest
+    needed = (1 if folder else 2) * (16 * weights + 5e7)  # float32: model, EMA, AdamW's two moments; the rest
     problem = f"{path} has {free / 1e9:.3g} GB, its checkpoints take {needed / 1e9:.3g}"
     refuse(needed > free, f"{problem}: free some, name another with --out, or take a smaller --width")
 
 
 def new_folder(out, default, first):
-    """The folder out, new or empty, or default, default-2 ...: of who first makes the file `first` in it."""
+    """Make the folder out, or default, default-2 ...; it is his who first makes the file `first` in it."""
     for number in itertools.count(1):
         path = Path(out or (default if number == 1 else f"{default}-{number}"))
         try:
@@ -1363,7 +1308,7 @@ def new_folder(out, default, first):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """Meanwhile no other process trains this run. UserError: one does."""
+    """Meanwhile hold the folder's lock. UserError: another process trains this run."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock
@@ -1371,30 +1316,67 @@ def alone_in(folder):
         return
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder} is being trained by another process") from error
         yield
-    except BlockingIOError as error:
-        raise UserError(f"{folder} is being trained by another process") from error
     finally:
         os.close(lock)
 
 
-@contextlib.contextmanager
-def reading(path):
-    """UserError for whatever the body raises: the checkpoint at path is cut off, altered or foreign."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # each raises its own kind
-        problem = f"{path} is cut off or no checkpoint of this script"
-        raise UserError(f"{problem} ({type(error).__name__})") from error
+def train(args, folder=None, checkpoint=None, rows=()):
+    """Train as args say: from the start into a new folder, or on from a checkpoint and rows in its own."""
+    batch, rows = args.batch_size, list(rows)
+    refuse(batch % PROCESSES, f"--batch-size {batch} must divide by {PROCESSES}, the processes")
+    if RANK == 0:
+        refuse_full_disk(args, folder)
+    for turn in range(3):  # rank 0, then one on each other machine, then the rest: a download is made once
+        if turn == min(RANK, 1) + min(LOCAL_RANK, 1):
+            images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
+        average_over_processes(torch.zeros(()))  # waits for all
+    refuse(batch > len(images), f"--batch-size {batch} is more than the {len(images)} training images")
+    distance = open_distance(args, images, folder) if RANK == 0 else None
+    run = Training(args, images)
+    if checkpoint:
+        with explained(f"{folder / 'checkpoint.pt'} is cut off or no checkpoint of this script"):
+            run.load_state_dict(checkpoint)
+    if RANK:
+        return loop(run, None, rows, None, None)
+    names = args.dataset, args.strategy, "" if args.weighting == "auto" else args.weighting
+    default = "-".join([name for name in names if name] + ["momentum-decay"] * args.momentum_decay)
+    folder = folder or new_folder(args.out, Path("runs", default), "config.json")
+    with alone_in(folder):
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        config = json.dumps(vars(args) | versions, indent=2) + "\n"
+        write_whole(folder / "config.json", lambda path: path.write_text(config))
+        table = "".join(",".join(line) + "\n" for line in [METRICS, *(row.values() for row in rows)])
+        write_whole(folder / "metrics.csv", lambda path: path.write_text(table))
+        if distance:
+            mu, sigma = distance.reference
+            write_whole(folder / "fid_reference.npz", lambda path: np.savez(path, mu=mu, sigma=sigma))
+        shape, before = "x".join(map(str, images.shape[1:])), len(rows)
+        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        print(f"{folder}: {len(images)} images {shape} to train on, {len(held_out)} held out")
+        where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
+        print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
+        loop(run, folder, rows, held_out.to(args.device), distance)
+    # The pace is that since this process's first row: the steps before it are slow, they may compile.
+    last, first = rows[-1], rows[min(before, len(rows) - 2)] if len(rows) > 1 else {"step": 0, "seconds": 0}
+    figures = f"val_mse {last['val_mse']}, val_vlb {last['val_vlb']} bits per dimension"
+    figures += f", {distance.name} {last['fid']}" if "fid" in last else ""
+    print(f"{run.seconds:.0f} s of training: {figures}")
+    if run.skipped:
+        print(f"{run.skipped} updates were skipped: their loss was not finite")
+    print(f"samples and all else in {folder}")
+    steps, seconds = (float(last[name]) - float(first[name]) for name in ("step", "seconds"))
+    print(performance(run, steps * batch / max(seconds, 1e-9)))
 
 
 def load_checkpoint(path):
     """A checkpoint of this script, on the CPU, never unpickled as code. UserError: anything else."""
     refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
-    with reading(path):
+    with explained(f"{path} is cut off or no checkpoint of this script"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for action in make_parser()._actions:  # its settings are such as the command line admits
             value = checkpoint["args"].get(action.dest)
@@ -1408,7 +1390,7 @@ def generate(args):
     """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
     path, first, done = Path(args.checkpoint), [], 0
     checkpoint = load_checkpoint(path)
-    with reading(path):
+    with explained(f"{path} is cut off or no checkpoint of this script"):
         run = argparse.Namespace(**checkpoint["args"] | {"device": args.device})
         model, diffusion = build_model(run, checkpoint["channels"])
         model.load_state_dict(checkpoint["ema"])
@@ -1440,14 +1422,12 @@ REPORT += "steps to baseline's last | seconds to it | speed-up (steps) | speed-u
 
 def read_run(folder):
     """Its folder, its config and its rows, each with METRICS as floats, None where nothing was measured."""
-    try:
+    with explained(f"--report {folder}: no run of this script to report"):
         config = json.loads((folder / "config.json").read_text())
         lines = read_rows(folder / "metrics.csv")
         rows = [{name: float(row[name]) if row[name] else None for name in METRICS} for row in lines]
         missing = {"strategy", "weighting", "momentum_decay", "seed", "data"} - set(config)
         refuse(missing or not rows, f"lacks {', '.join(sorted(missing)) or 'rows'}")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError) as error:
-        raise UserError(f"--report {folder}: no run of this script to report ({one_line(error)})") from error
     return argparse.Namespace(folder=folder, config=config, rows=rows)
 
 
@@ -1490,7 +1470,7 @@ def report(folders, out):
     fid = measured[0].config["features"].split(", crc32")[0] if measured else "FID"
     groups = group_by_setting(runs)
     # Where did each first reach the baseline's last FID? A run is held against the baseline with its seed,
-    # which had the same first weights, images and noise.
+    # which had the same first weights, images and noise, or, where there is none, against their mean.
     curves = {run.config["seed"]: curve(run) for run in next(iter(groups.values()))}
     goals = {seed: (ps[-1][2], *reach(ps, ps[-1][2])) for seed, ps in curves.items() if ps}
     mean_goal = tuple(map(statistics.fmean, zip(*goals.values())))
@@ -1561,14 +1541,15 @@ def draw_methods(figure, groups, fid):
         args.strategy, args.weighting = strategy, weighting
         return build_strategy(args, ab, 1)
 
-    lines = {"T P(t), static": {name: built(name)[0].probs for name in STRATEGIES[:3]}}
+    lines = {"T P(t), static": {name: built(name)[0].probs for name in ("uniform", "logit-normal", "speed")}}
     weightings = [name for name in WEIGHTINGS[1:] if T > 2 or name != "change-aware"]
     lines["w(t), with mean 1 under uniform t"] = {name: built("uniform", name)[1] for name in weightings}
-    curriculum, moved = built("curriculum")[0], lines.setdefault("T P(t), curriculum", {})
+    curriculum = built("curriculum")[0]
+    moved = lines["T P(t), curriculum"] = {}
     for part in range(5):
         curriculum.sample(ab[:1], part * args.steps / 4)
         moved[f"at {25 * part}% of the steps"] = curriculum.probs
-    drawn = lines.setdefault("T P(t), an adaptive run", {})
+    drawn = lines["T P(t), an adaptive run"] = {}
     adaptive = [run.folder / "checkpoint.pt" for run in runs if run.config["strategy"] == "adaptive"]
     for path in [path for path in adaptive if path.is_file()][:1]:
         counts = load_checkpoint(path)["drawn"][None].float()
@@ -1602,7 +1583,8 @@ DATASETS = {
 # fmt: on
 CHANGEABLE = {"device", "data_dir", "fid_features", "amp", "compile", "lr", "grad_clip"}  # beside --resume
 COUNT, SHARE = "int [1, 1e9]", "[0, 1)"
-# flag: (what it takes, its default, help). None: the data set has a default, or it follows from other flags.
+# flag: (what it takes, its default, help). No default: that of the data set, of other flags, or off.
+# A title alone begins a group of --help.
 FLAGS = {
     "method": None,
     "--strategy": (STRATEGIES, "uniform", "how timesteps are drawn"),
@@ -1652,8 +1634,8 @@ FLAGS = {
     "--sampling-steps": (COUNT, None, "timesteps ddim visits (default: 50, or T if that is less)"),
     "--eta": ("[0, 1]", 0.0, "noise of ddim: 0 none, 1 as much as ddpm"),
     "FID": None,
-    "--fid-samples": ("int [2, 1e6]", None, "measure FID at the end, on more samples than features"),
-    "--fid-every": (COUNT, None, "and every so many steps"),
+    "--fid-samples": ("int [2, 1e6]", None, "measure FID at the end, on so many samples: more than features"),
+    "--fid-every": (COUNT, None, "measure it every so many steps, too"),
     "--fid-features": ("name", None, "TorchScript file, images in 0..255 to features; runs code: trust it"),
     "files": None,
     "--out": ("name", None, "folder of the results, new or empty (default: runs/DATASET-STRATEGY...)"),
@@ -1664,33 +1646,21 @@ FLAGS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 def within(interval):
     """An argparse type: a number in an interval such as "[0, 1)", a whole one in "int [0, 9]"; never nan."""
     kind, ends = (int, interval[4:]) if interval.startswith("int") else (float, interval)
     low, high = (float(end) for end in ends[1:-1].split(","))
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if not low <= value <= high or (value, ends[0]) == (low, "(") or (value, ends[-1]) == (high, ")"):
-            raise argparse.ArgumentTypeError(f"must lie in {ends}, got {text}")
-        return value
+            if low < value < high or (value, ends[0]) == (low, "[") or (value, ends[-1]) == (high, "]"):
+                return value
+        raise argparse.ArgumentTypeError(
+            f"must be a {'whole ' * (kind is int)}number in {ends}, not {text!r}"
+        )
 
     return parse
-
-
-def nonempty(text):
-    """An argparse type: of a file, a folder or a device."""
-    if not text:
-        raise argparse.ArgumentTypeError("needs a name")
-    return text
 
 
 def setting(flag):
@@ -1698,9 +1668,10 @@ def setting(flag):
 
 
 def make_parser():
-    """A parser of FLAGS whose result lacks what is not given."""
+    """A parser of FLAGS. Its result has only what is given."""
     options = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = group = Parser("speedup_diffusion.py", description=__doc__.split("\n")[0], **options)
+    parser = argparse.ArgumentParser("speedup_diffusion.py", description=__doc__.split("\n")[0], **options)
+    parser.error, group = functools.partial(refuse, True), parser  # a UserError, not its own exit
     for flag, row in FLAGS.items():
         if row is None:
             group = parser.add_argument_group(flag)
@@ -1718,7 +1689,7 @@ def make_parser():
             group.add_argument(flag, action=kind, help=text)
         else:
             nargs = {"--mults": "+", "--attention": "*", "--report": "+"}.get(flag)
-            kind = nonempty if kind == "name" else within(kind)
+            kind = str if kind == "name" else within(kind)
             group.add_argument(flag, type=kind, nargs=nargs, metavar="X", help=text)
     return parser
 
@@ -1738,8 +1709,15 @@ def usable_device(name, amp):
 
 
 def parse_args(argv):
-    """(settings, with the defaults filled in; the names that were given). UserError where they clash."""
+    """(settings, with the defaults filled in; the names that were given). UserError where they clash.
+
+    The data sets' defaults are for training alone: a checkpoint has its own settings.
+    """
     given = vars(make_parser().parse_args(argv))
+    for name, value in given.items():
+        refuse(
+            "" in (value, *(value if isinstance(value, list) else [])), f"--{name.replace('_', '-')} is empty"
+        )
     defaults = {setting(flag): row[1] for flag, row in FLAGS.items() if row}
     args = argparse.Namespace(**defaults | given)
 
@@ -1752,10 +1730,10 @@ def parse_args(argv):
     refuse_beside("generate", sampling | {"device", "amp", "compile"}, "trains nothing")
     refuse_beside("report", {"out"}, "trains nothing")
     refuse(("generate" in given) != ("checkpoint" in given), "--generate N and --checkpoint FILE go together")
-    alone = PROCESSES > 1 and given.keys() & {"generate", "report"}
-    refuse(alone, "torchrun is for training: start this one without")
-    fixed = args.method == "ddpm" and given.keys() & {"sampling_steps", "eta"}
-    refuse(fixed, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
+    many = PROCESSES > 1 and given.keys() & {"generate", "report"}
+    refuse(many, "torchrun is for training: start this one without")
+    unused = args.method == "ddpm" and given.keys() & {"sampling_steps", "eta"}
+    refuse(unused, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
     if not args.resume and not args.report:
         args.device = usable_device(args.device, args.amp)
     try:
@@ -1782,8 +1760,8 @@ def parse_args(argv):
     refuse(change_aware and T < 3, f"--timesteps {T}: change-aware weights need at least 3 timesteps")
     too_many = args.strategy == "adaptive" and args.adaptive_selected > probed
     refuse(too_many, f"--adaptive-selected {args.adaptive_selected} exceeds the {probed} timesteps probed")
-    alone = given.keys() & {"fid_every", "fid_features"} and not args.fid_samples
-    refuse(alone, "--fid-every and --fid-features need --fid-samples N")
+    unused = given.keys() & {"fid_every", "fid_features"} and not args.fid_samples
+    refuse(unused, "--fid-every and --fid-features need --fid-samples N")
     missing = args.fid_features and not os.path.isfile(args.fid_features)
     refuse(missing, f"--fid-features {args.fid_features}: no such file")
     refuse(args.sampling_steps > T, f"--sampling-steps {args.sampling_steps} must lie in 1..{T}")
@@ -1799,11 +1777,9 @@ def resume(args, given):
     folder, read = Path(args.resume), [None]
     if RANK == 0:
         checkpoint = load_checkpoint(folder / "checkpoint.pt")
-        try:
+        with explained(f"{folder}: no metrics.csv of this script"):
             lines = read_rows(folder / "metrics.csv")
             rows = [row for row in lines if int(row["step"]) <= checkpoint["step"]]
-        except (OSError, ValueError, KeyError, csv.Error) as error:
-            raise UserError(f"{folder}: no metrics.csv of this script ({one_line(error)})") from error
         read = [(checkpoint, rows)]
     if TORCHRUN:
         distributed.broadcast_object_list(read, device=torch.device("cpu"))

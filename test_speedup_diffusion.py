@@ -261,7 +261,9 @@ def test_adaptive_selects_the_timesteps_scikit_learn_selects(seed, best):
 def test_weights_have_their_closed_forms(schedule, T):
     ab = sd.GaussianDiffusion(schedule, T).alphas_cumprod.double()
     snr, slope = (ab / (1 - ab)).numpy(), np.gradient(1 - ab)
-    assert np.allclose(sd.min_snr_weights(ab), np.minimum(1, 5 / snr))
+    assert (
+        np.allclose(sd.min_snr_weights(ab), np.minimum(1, 5 / snr)) and sd.min_snr_weights(0 * ab).eq(1).all()
+    )
     assert np.allclose(sd.p2_weights(ab), 1 - ab) and np.allclose(sd.p2_weights(ab, 2, 3), (2 + snr) ** -3)
     for lam in (0.5, 0.6, 1.0):  # from 1 - lam to lam, in step with how fast the noise grows
         expected = np.interp(slope, [slope.min(), slope.max()], [1 - lam, lam])
@@ -561,7 +563,7 @@ def test_a_trained_model_is_nearer_to_the_kept_reference_than_noise(here, pooled
 
 def test_without_a_network_or_a_fit_scipy_fid_is_refused_before_training(here, capsys, monkeypatch):
     for name, stand_in, says in (
-        ("cleanfid.features.feature_extractor", lambda **_: os.listdir("net"), "net.*--fid-features FILE"),
+        ("cleanfid.features.feature_extractor", lambda **_: os.listdir("net"), "--fid-features FILE.*net"),
         ("scipy.linalg.sqrtm", lambda matrix: matrix, "pip install clean-fid 'scipy<1.18'"),  # as in 1.18
     ):
         monkeypatch.setattr(name, stand_in)
@@ -811,13 +813,15 @@ def test_a_run_needs_a_folder_that_no_other_process_trains_in_and_room_on_the_di
     with before_steps({5}, lambda run: others.append(sd.main(["--resume", "run"]))):
         assert sd.main([*TINY, "--out", "run"]) == 0
     assert others == [2] and "another process" in capsys.readouterr().err
+    with pytest.raises(BlockingIOError), sd.alone_in("run"):
+        raise BlockingIOError  # not of the lock
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
     assert sd.main([*TINY, "--width", "64", "--out", "new/run"]) == 2 and os.listdir() == ["run"]
     run = sd.Training(settings(*TINY, "--width", "64"), sd.render_digits(64)[0])
     run.train_step()
     torch.save(run.state_dict(), "checkpoint.pt")
     needed = float(re.fullmatch(rf".*{here}.* GB.* take (\S+): .*\n", capsys.readouterr().err)[1])
-    assert 2 * os.path.getsize("checkpoint.pt") < needed * 1e9 < 2 * os.path.getsize("checkpoint.pt") + 3e7
+    assert 2 * os.path.getsize("checkpoint.pt") < needed * 1e9 < 2 * os.path.getsize("checkpoint.pt") + 2e8
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -843,6 +847,15 @@ def test_the_optimiser_receives_the_decayed_momentum_and_skips_what_is_not_finit
     resumed.load_state_dict(states[2])
     assert_same_tensors(resumed.scaler.state_dict(), run.scaler.state_dict())
     assert resumed.step == 3 and resumed.skipped == (amp == "off")  # where the loss itself was not finite
+
+
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted():
+    run = sd.Training(settings(*TINY), sd.render_digits(64)[0])
+    before = copy.deepcopy(run.model.state_dict())
+    run.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    run.train_step()
+    assert_same_tensors(run.model.state_dict(), before)
+    assert run.skipped == 1 and run.losses[0].isnan()
 
 
 def test_gradients_are_clipped_to_the_norm_that_the_flag_gives():
@@ -910,7 +923,9 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(here, capsys):
             assert sd.main([*TINY, "--steps", "40", "--eval-every", "4", "--out", "run"]) == 143
         assert sd.main(["--resume", "run"]) == 1
     last, state = capsys.readouterr().err.splitlines()[-1], checkpoint("run")
-    assert last.startswith("speedup_diffusion.py: step 26: 10 losses in a row") and "--lr" in last
+    assert (
+        last.startswith("speedup_diffusion.py: step 26: 10 losses or gradients in a row") and "--lr" in last
+    )
     assert state["step"] == 16 and state["skipped"] == 10  # the last before the losses went wrong
     assert sd.main(["--resume", "run", "--lr", "1e-5"]) == 0  # where the fault is gone
     assert json.loads(Path("run/config.json").read_text())["lr"] == 1e-5
