@@ -1187,7 +1187,8 @@ def loop(run, folder, rows, held_out, distance):
                         raise KeyboardInterrupt(signals.received, signals.kept)
                     due = held_out if evaluates else None, distance if compares else None
                     rows.append(measure(run, folder, mean_loss, *due, signals))
-                    append_row(rows[-1], folder / "metrics.csv")
+                    with open(folder / "metrics.csv", "a") as file:
+                        file.write(",".join(rows[-1].get(name, "") for name in METRICS) + "\n")
                     bar.set_postfix(loss=f"{mean_loss:.4f}")
                     signals.at_once = False
                 logged, clock = step if logs else logged, time.perf_counter()
@@ -1221,13 +1222,6 @@ def measure(run, folder, mean_loss, held_out, distance, signals):
 def read_rows(path):
     """The rows of a metrics.csv, all text, without a last one that was cut off."""
     return list(csv.DictReader(line for line in path.read_text().splitlines(True) if line.endswith("\n")))
-
-
-def append_row(row, path):
-    with open(path, "a") as file:
-        file.write(",".join(row.get(name, "") for name in METRICS) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def open_distance(args, images, folder):
@@ -1367,7 +1361,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
     figures += f", {distance.name} {last['fid']}" if "fid" in last else ""
     print(f"{run.seconds:.0f} s of training: {figures}")
     if run.skipped:
-        print(f"{run.skipped} updates were skipped: their loss was not finite")
+        print(f"{run.skipped} updates were skipped: their loss or gradient was not finite")
     print(f"samples and all else in {folder}")
     steps, seconds = (float(last[name]) - float(first[name]) for name in ("step", "seconds"))
     print(performance(run, steps * batch / max(seconds, 1e-9)))
@@ -1381,7 +1375,7 @@ def load_checkpoint(path):
         for action in make_parser()._actions:  # its settings are such as the command line admits
             value = checkpoint["args"].get(action.dest)
             for one in [] if value is None else value if isinstance(value, list) else [value]:
-                refuse(action.choices and one not in action.choices, action.dest)
+                refuse(action.choices and one not in action.choices, f"{action.dest} {one}")
                 (action.type or str)(str(one))
     return checkpoint
 
@@ -1709,15 +1703,10 @@ def usable_device(name, amp):
 
 
 def parse_args(argv):
-    """(settings, with the defaults filled in; the names that were given). UserError where they clash.
-
-    The data sets' defaults are for training alone: a checkpoint has its own settings.
-    """
+    """(settings, with the defaults filled in; the names that were given). UserError where they clash."""
     given = vars(make_parser().parse_args(argv))
     for name, value in given.items():
-        refuse(
-            "" in (value, *(value if isinstance(value, list) else [])), f"--{name.replace('_', '-')} is empty"
-        )
+        refuse(value in ("", [""]), f"--{name.replace('_', '-')} needs a name")
     defaults = {setting(flag): row[1] for flag, row in FLAGS.items() if row}
     args = argparse.Namespace(**defaults | given)
 
@@ -1736,14 +1725,15 @@ def parse_args(argv):
     refuse(unused, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
     if not args.resume and not args.report:
         args.device = usable_device(args.device, args.amp)
-    try:
+    with explained(f"--out {args.out}"):
         taken = args.out and os.path.exists(args.out) and os.listdir(args.out)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}") from error
     refuse(taken, f"--out {args.out} is not empty: name a new folder")
-    if args.resume or args.generate or args.report:
-        return args, set(given)
+    trains = not (args.resume or args.generate or args.report)
+    return training_settings(args, given) if trains else args, set(given)
 
+
+def training_settings(args, given):
+    """args with the defaults of their data set, for a run that begins. UserError where they clash."""
     own = dict(zip(PER_DATASET, DATASETS[args.dataset]))
     args = argparse.Namespace(**vars(args) | own | given | {"device": args.device})
     T, probed = args.timesteps, min(args.timesteps, args.adaptive_probe)
@@ -1769,7 +1759,7 @@ def parse_args(argv):
     shrink = args.patch * 2 ** (len(args.mults) - 1)
     refuse(args.image_size % shrink, f"--image-size {args.image_size} must divide by {shrink}")
     refuse(set(args.attention) - set(sides), f"--attention {args.attention}: the sides are {sides}")
-    return args, set(given)
+    return args
 
 
 def resume(args, given):
