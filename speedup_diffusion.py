@@ -1287,7 +1287,7 @@ def refuse_full_disk(args, folder):
 
 
 def new_folder(out, default, first):
-    """Make the folder out, or default, default-2 ...; it is his who first makes the file `first` in it."""
+    """Make the folder out, or default, default-2 ...; it is for whoever creates the file `first` in it."""
     for number in itertools.count(1):
         path = Path(out or (default if number == 1 else f"{default}-{number}"))
         try:
