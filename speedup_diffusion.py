@@ -238,7 +238,7 @@ class AdaptiveSampler:
     beta_t; S may change from the third probe on; adaptive pooling, for images of any size; a share `floor` of
     u is uniform, so that no t dies out.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
-    policy at every step: 11% to 12% of uniform's time with a U-Net of 0.64M parameters (`make bench`), less
+    policy at every step: 7% to 13% of uniform's time with a U-Net of 0.64M parameters (`make bench`), less
     with a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps
     and 0.98 in time on CIFAR-10.
 
