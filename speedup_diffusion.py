@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import functools
 import itertools
 import json
@@ -919,8 +920,9 @@ def save_timesteps(drawn: torch.Tensor, path: Path) -> None:
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
 PATIENCE = 10  # so many losses in a row that are not finite end a run
+MIN_SCALE = 1e-4  # of fp16, as fairseq: gradients that overflow even so are broken
 COLUMNS = 50  # of timesteps.png
-COMPILE_FROM = 5_000  # steps: compiling takes a minute or two. Estimated, not measured
+COMPILE_FROM = 5_000  # steps, or calls of the sampling: compiling takes a minute or two. An estimate
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
 WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
@@ -931,15 +933,25 @@ def build_unet(args, channels: int) -> UNet:
     return UNet(channels, **{name: getattr(args, name) for name in names})
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: given back, each tensor of each step costs a page fault per 4 KiB."""
+    with contextlib.suppress(AttributeError, TypeError):  # another C library has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap, too,
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+
+
 def build_model(args, channels: int) -> tuple[nn.Module, GaussianDiffusion]:
+    if args.device == "cpu":
+        keep_freed_memory()
     model = build_unet(args, channels).to(args.device).to(memory_format=torch.channels_last)
     return model, GaussianDiffusion(args.schedule, args.timesteps, args.device)
 
 
 def build_strategy(args, ab: torch.Tensor, channels: int):
     """The timestep sampler and the raw loss weights [T] of these settings."""
-    T, prefix = len(ab), "adaptive_"
-    adaptive = {name.removeprefix(prefix): value for name, value in vars(args).items() if prefix in name}
+    T, prefix, given = len(ab), "adaptive_", vars(args).items()
+    adaptive = {name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)}
     samplers = {
         "uniform": lambda: UniformSampler(T),
         "logit-normal": lambda: LogitNormalSampler(T),
@@ -966,8 +978,10 @@ def make_autocast(args):
     return functools.partial(torch.autocast, device.type, dtype, enabled=bool(dtype)), amp == "fp16"
 
 
-def compile_in_place(args, *models):
-    """torch.compile of the models; with auto one that cannot be compiled runs uncompiled."""
+def compile_in_place(args, calls, *models):
+    """torch.compile of the models, by --compile; with auto one that cannot be compiled runs uncompiled."""
+    if args.compile == "off" or (args.compile == "auto" and (args.device == "cpu" or calls < COMPILE_FROM)):
+        return
     config = torch._dynamo.config
     config.suppress_errors = args.compile == "auto"
     config.optimize_ddp = False  # it would cut the model into pieces
@@ -1011,8 +1025,7 @@ class Training:
         self.model, self.diffusion = build_model(args, images.shape[1])
         self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, images.shape[1])
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        if args.compile == "on" or (args.compile == "auto" and gpu and args.steps >= COMPILE_FROM):
-            compile_in_place(args, self.model, self.ema)
+        compile_in_place(args, args.steps, self.model, self.ema)
         # DDP averages the gradients of what passes through it; all else calls the bare model.
         self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if TORCHRUN else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -1105,7 +1118,7 @@ class Training:
     def losses_since(self, logged: int) -> tuple[float, bool]:
         """(mean of the finite losses since that step, whether the last one is finite). Waits for the device.
 
-        FloatingPointError after PATIENCE losses in a row that are not finite.
+        FloatingPointError after PATIENCE losses in a row that are not finite, or below fp16's MIN_SCALE.
         """
         kept, recent, in_a_row = self.losses.tolist(), [], 0
         for step in range(max(0, self.step - len(kept)), self.step):
@@ -1117,6 +1130,9 @@ class Training:
                 raise FloatingPointError(f"{problem}: --resume the run with {advice}")
             if step >= logged and not in_a_row:
                 recent.append(loss)
+        if self.fp16 and (scale := self.scaler.get_scale()) < MIN_SCALE:
+            problem = f"step {self.step}: gradients overflow fp16 even at a loss scale of {scale:.1g}"
+            raise FloatingPointError(f"{problem}: --resume the run with --amp bf16 or off")
         return statistics.fmean(recent) if recent else math.nan, not in_a_row
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -1333,7 +1349,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
     distance = open_distance(args, images, folder) if RANK == 0 else None
     run = Training(args, images)
     if checkpoint:
-        with explained(f"{folder / 'checkpoint.pt'} is cut off or no checkpoint of this script"):
+        with reading_checkpoint(folder / "checkpoint.pt"):
             run.load_state_dict(checkpoint)
     if RANK:
         return loop(run, None, rows, None, None)
@@ -1367,10 +1383,15 @@ def train(args, folder=None, checkpoint=None, rows=()):
     print(performance(run, steps * batch / max(seconds, 1e-9)))
 
 
+def reading_checkpoint(path):
+    """A UserError that names the file, whatever goes wrong meanwhile."""
+    return explained(f"{path} is cut off or no checkpoint of this script")
+
+
 def load_checkpoint(path):
     """A checkpoint of this script, on the CPU, never unpickled as code. UserError: anything else."""
     refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
-    with explained(f"{path} is cut off or no checkpoint of this script"):
+    with reading_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for action in make_parser()._actions:  # its settings are such as the command line admits
             value = checkpoint["args"].get(action.dest)
@@ -1384,17 +1405,18 @@ def generate(args):
     """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
     path, first, done = Path(args.checkpoint), [], 0
     checkpoint = load_checkpoint(path)
-    with explained(f"{path} is cut off or no checkpoint of this script"):
+    with reading_checkpoint(path):
         run = argparse.Namespace(**checkpoint["args"] | {"device": args.device})
         model, diffusion = build_model(run, checkpoint["channels"])
         model.load_state_dict(checkpoint["ema"])
     steps = args.sampling_steps = args.sampling_steps or min(50, run.timesteps)
     refuse(steps > run.timesteps, f"--sampling-steps {steps}: this model has {run.timesteps} timesteps")
-    if args.compile == "on":
-        compile_in_place(args, model)
+    batch_size = args.batch_size or 256
+    calls = (run.timesteps if args.method == "ddpm" else steps) * math.ceil(args.generate / batch_size)
+    compile_in_place(args, calls, model)
     folder = new_folder(args.out, path.parent / "generated", "000000.png")
     shape = checkpoint["channels"], run.image_size, run.image_size
-    options = args, args.seed, "generating", args.batch_size or 256
+    options = args, args.seed, "generating", batch_size
     with make_autocast(args)[0]():
         for images in draw_samples(model.eval(), diffusion, args.generate, shape, *options):
             save_pngs(to_uint8(images), folder, done)
@@ -1469,7 +1491,7 @@ def report(folders, out):
     goals = {seed: (ps[-1][2], *reach(ps, ps[-1][2])) for seed, ps in curves.items() if ps}
     mean_goal = tuple(map(statistics.fmean, zip(*goals.values())))
 
-    def figures(run):
+    def row(run):
         goal, points, nothing = goals.get(run.config["seed"], mean_goal), curve(run), [(None,) * 3]
         last = [(curve(run, name) or nothing)[-1][2] for name in ("val_mse", "val_vlb", "fid")]
         best = min((value for *_, value in points), default=None)
@@ -1489,17 +1511,18 @@ def report(folders, out):
     print(f"| {REPORT.format(fid.replace('|', '/'))} |")
     print("|---" * len(REPORT.split("|")) + "|")
     for name, members in groups.items():
-        print(" | ".join([f"| {name}", str(len(members)), *map(cell, zip(*map(figures, members)))]) + " |")
+        print(" | ".join([f"| {name}", str(len(members)), *map(cell, zip(*map(row, members)))]) + " |")
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print("\nno pictures without matplotlib: pip install matplotlib")
     pictures = {"methods.png": draw_methods} | ({"curves.png": draw_curves} if any(map(curve, runs)) else {})
-    folder = new_folder(out, Path("runs") / "report", "methods.png")
+    figures = {name: Figure((12, 6), dpi=100, layout="constrained") for name in pictures}
     for name, draw in pictures.items():
-        figure = Figure((12, 6), dpi=100, layout="constrained")
-        draw(figure, groups, fid)
-        figure.savefig(folder / name)
+        draw(figures[name], groups, fid)
+    folder = new_folder(out, Path("runs") / "report", "methods.png")
+    for name, figure in figures.items():
+        write_whole(folder / name, figure.savefig)
     print(f"\n{' and '.join(pictures)} in {folder}")
 
 
@@ -1622,7 +1645,7 @@ FLAGS = {
     "--checkpoint-every": (COUNT, None, "steps between further checkpoints (default: --eval-every)"),
     "--device": ("name", None, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"),
     "--amp": (("auto", "off", "bf16", "fp16"), "auto", "auto: bf16 or fp16 on a GPU, off on a CPU"),
-    "--compile": (("auto", "off", "on"), "auto", f"auto: on a GPU from {COMPILE_FROM} steps on"),
+    "--compile": (("auto", "off", "on"), "auto", f"auto: on a GPU for {COMPILE_FROM} steps or more"),
     "sampling": None,
     "--method": (("ddim", "ddpm"), "ddim", "ddpm visits every timestep"),
     "--sampling-steps": (COUNT, None, "timesteps ddim visits (default: 50, or T if that is less)"),

@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import resource
@@ -849,6 +850,21 @@ def test_the_optimiser_receives_the_decayed_momentum_and_skips_what_is_not_finit
     assert resumed.step == 3 and resumed.skipped == (amp == "off")  # where the loss itself was not finite
 
 
+def test_gradients_that_overflow_fp16_at_any_scale_end_the_run():
+    args = settings(*TINY, "--steps", "30")
+    args.amp = "fp16"
+    run = sd.Training(args, sd.render_digits(64)[0])
+    run.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = copy.deepcopy(run.model.state_dict())
+    for step in range(30):  # 65536 / 2^29 = 1.2e-4
+        run.losses_since(step)
+        run.train_step()
+    with pytest.raises(FloatingPointError, match="step 30: .* scale of 6e-05: .* --amp bf16 or off"):
+        run.losses_since(29)
+    assert_same_tensors(run.model.state_dict(), before)
+    assert run.skipped == 0  # the losses were finite
+
+
 def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted():
     run = sd.Training(settings(*TINY), sd.render_digits(64)[0])
     before = copy.deepcopy(run.model.state_dict())
@@ -956,6 +972,35 @@ def test_a_compiled_run_is_the_run(here, monkeypatch):
     assert [sd.main([*options, name, "--out", name]) for name in ("on", "off")] == [0, 0]
     assert compiled == [{"dynamic": False}] * 2  # the model and its average
     torch.testing.assert_close(*(checkpoint(run)["ema"] for run in ("on", "off")), rtol=0, atol=1e-5)
+    generate = "--generate 2 --checkpoint on/checkpoint.pt --sampling-steps 2 --device cpu --compile"
+    assert [sd.main([*generate.split(), name]) for name in ("on", "off")] == [0, 0] and len(compiled) == 3
+    one, two = ((here / "on" / name / "000001.png").read_bytes() for name in ("generated", "generated-2"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    "name, device, calls, expected",
+    [("auto", "cuda", 4999, 0), ("auto", "cuda:1", 5000, 1), ("auto", "cpu", 5000, 0),
+     ("on", "cpu", 1, 1), ("off", "cuda", 5000, 0)],
+)  # fmt: skip
+def test_auto_compiles_on_a_gpu_what_is_called_often_enough(name, device, calls, expected):
+    compiled, args = [], types.SimpleNamespace(compile=name, device=device)
+    sd.compile_in_place(args, calls, types.SimpleNamespace(compile=lambda **_: compiled.append(1)))
+    assert len(compiled) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_memory_once_used_is_not_faulted_in_again():
+    program = """if True:
+        import resource, torch, speedup_diffusion as sd
+        sd.build_model(sd.parse_args(["--device", "cpu"])[0], 1)
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = subprocess.check_output([sys.executable, "-c", program], cwd=Path(sd.__file__).parent)
+    assert int(faults) < 1000  # 16,384 for each of these tensors otherwise
 
 
 def test_flops_are_those_that_the_profiler_counts():
