@@ -6,7 +6,7 @@
     python speedup_diffusion.py --strategy speed --dataset cifar10      # all flags: --help
     python speedup_diffusion.py --resume runs/cifar10-speed             # goes on from the last checkpoint
     python speedup_diffusion.py --generate 64 --checkpoint runs/cifar10-speed/checkpoint.pt
-    python speedup_diffusion.py --report runs/digits-uniform runs/digits-speed  # which is faster, by how much
+    python speedup_diffusion.py --report runs/cifar10-uniform runs/cifar10-speed  # needs --fid-samples
     torchrun --nproc_per_node=8 speedup_diffusion.py --dataset cifar10  # eight GPUs
 
 Contents: 1 Forward process   2 Accelerations   3 U-Net   4 Sampling   5 Data   6 Evaluation   7 Training
@@ -243,10 +243,11 @@ class AdaptiveSampler:
     with a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps
     and 0.98 in time on CIFAR-10.
 
-    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, put into eval mode as a
-    whole to be measured, and back into the mode it was in.
-    `probs` is the mixture over the images of the last policy update. With several processes each has its own
-    images, and all keep the same policy, queue, S and `probs`; a probe is the mean over one image of each.
+    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper, put
+    into eval mode as a whole to be measured, and back into the mode that it was in as a whole.
+    `probs` is the mixture over the images of the last policy update. Several processes must build the policy
+    under one seed; each has its own images, all keep the same policy, queue, S and `probs`; a probe is the
+    mean over one image of each.
     ValueError: fewer timesteps than `selected`, or a number that makes no sense.
     """
 
@@ -657,14 +658,19 @@ def one_line(error: BaseException) -> str:
     return lines[-1 if "Traceback" in str(error) else 0].split(". ")[0].strip().rstrip(":.")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    texts = "out of memory", "not enough memory", "can't allocate memory"  # torch's, on GPU and CPU
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
 @contextlib.contextmanager
 def explained(problem):
     """Whatever the body raises, and libraries raise many kinds, becomes a UserError of one line."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # not the body's fault
+            raise
         raise UserError(f"{problem}: {one_line(error)}") from error
 
 
@@ -934,8 +940,8 @@ def build_unet(args, channels: int) -> UNet:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: given back, each tensor of each step costs a page fault per 4 KiB."""
-    with contextlib.suppress(AttributeError, TypeError):  # another C library has no mallopt
+    """Let glibc keep what is freed: what it gives back costs a page fault per 4 KiB when it is used again."""
+    with contextlib.suppress(AttributeError, TypeError):  # not on macOS, musl or Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap, too,
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
@@ -1118,7 +1124,7 @@ class Training:
     def losses_since(self, logged: int) -> tuple[float, bool]:
         """(mean of the finite losses since that step, whether the last one is finite). Waits for the device.
 
-        FloatingPointError after PATIENCE losses in a row that are not finite, or below fp16's MIN_SCALE.
+        FloatingPointError after PATIENCE losses in a row that are not finite, or at a scale below MIN_SCALE.
         """
         kept, recent, in_a_row = self.losses.tolist(), [], 0
         for step in range(max(0, self.step - len(kept)), self.step):
@@ -1131,7 +1137,7 @@ class Training:
             if step >= logged and not in_a_row:
                 recent.append(loss)
         if self.fp16 and (scale := self.scaler.get_scale()) < MIN_SCALE:
-            problem = f"step {self.step}: gradients overflow fp16 even at a loss scale of {scale:.1g}"
+            problem = f"step {self.step}: gradients overflow fp16, its loss scale fell to {scale:.1g}"
             raise FloatingPointError(f"{problem}: --resume the run with --amp bf16 or off")
         return statistics.fmean(recent) if recent else math.nan, not in_a_row
 
@@ -1182,7 +1188,7 @@ def loop(run, folder, rows, held_out, distance):
             if TORCHRUN:  # a signal to one process stops all
                 distributed.all_reduce(stop, distributed.ReduceOp.MAX)
             evaluates = last or step % args.eval_every == 0
-            compares = distance and (last or step % (args.fid_every or args.steps) == 0)
+            compares = args.fid_samples and (last or step % (args.fid_every or args.steps) == 0)
             logs = evaluates or compares or step % LOG_EVERY == 0
             saves = evaluates or compares or step % args.checkpoint_every == 0 or stop
             if logs or saves:
@@ -1384,7 +1390,7 @@ def train(args, folder=None, checkpoint=None, rows=()):
 
 
 def reading_checkpoint(path):
-    """A UserError that names the file, whatever goes wrong meanwhile."""
+    """A context in which whatever goes wrong becomes a UserError that names the file."""
     return explained(f"{path} is cut off or no checkpoint of this script")
 
 
@@ -1829,8 +1835,7 @@ def main(argv=None) -> int:
     except (OSError, FloatingPointError) as error:  # such as a full disk
         problem = str(error) if RANK == 0 or isinstance(error, OSError) else ""
     except (MemoryError, RuntimeError) as error:
-        too_little = "out of memory", "not enough memory", "can't allocate memory"  # torch, on GPU and CPU
-        if isinstance(error, MemoryError) or any(text in str(error) for text in too_little):
+        if out_of_memory(error):
             problem = "out of memory: lower --batch-size, --width or --image-size"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             problem = f"torch.compile does not work here ({one_line(error)}): use --compile off"
