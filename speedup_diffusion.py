@@ -239,9 +239,9 @@ class AdaptiveSampler:
     beta_t; S may change from the third probe on; adaptive pooling, for images of any size; a share `floor` of
     u is uniform, so that no t dies out.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
-    policy at every step: 7% to 13% of uniform's time with a U-Net of 0.64M parameters (`make bench`), less
-    with a larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps
-    and 0.98 in time on CIFAR-10.
+    policy at every step: 11% of uniform's time with a U-Net of 0.64M parameters (`make bench`), less with a
+    larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps and 0.98 in
+    time on CIFAR-10.
 
     alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper, put
     into eval mode as a whole to be measured, and back into the mode that it was in as a whole.
