@@ -11,10 +11,10 @@ run: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest $(MARKERS) -m "not slow and not bench" test_speedup_diffusion.py
 
-test-all: $(VENV)/installed  # adds 20 kills, a long run and every default run: about 40 minutes on 2 cores
+test-all: $(VENV)/installed  # adds 20 kills, a long run and every default run: about 25 minutes on 2 cores
 	$(RUN) -m pytest $(MARKERS) -m "not bench" test_speedup_diffusion.py
 
-bench: $(VENV)/installed  # what each method costs: about 15 minutes on 2 cores, which should have nothing else to do
+bench: $(VENV)/installed  # what each method costs: about 11 minutes on 2 cores, which should have nothing else to do
 	$(RUN) -m pytest $(MARKERS) -q -m bench test_speedup_diffusion.py
 
 check: $(VENV)/check  # style and types
