@@ -243,8 +243,8 @@ class AdaptiveSampler:
     larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps and 0.98 in
     time on CIFAR-10.
 
-    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper, put
-    into eval mode as a whole to be measured, and back into the mode that it was in as a whole.
+    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper; as a
+    whole it is put into eval mode to be measured, and back into its own.
     `probs` is the mixture over the images of the last policy update. Several processes must build the policy
     under one seed; each has its own images, all keep the same policy, queue, S and `probs`; a probe is the
     mean over one image of each.
@@ -669,7 +669,7 @@ def explained(problem):
     try:
         yield
     except Exception as error:
-        if out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # not the body's fault
+        if out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # the machine's fault
             raise
         raise UserError(f"{problem}: {one_line(error)}") from error
 
