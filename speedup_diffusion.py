@@ -6,39 +6,27 @@
     python speedup_diffusion.py --strategy speed --dataset cifar10      # all flags: --help
     python speedup_diffusion.py --resume runs/cifar10-speed             # goes on from the last checkpoint
     python speedup_diffusion.py --generate 64 --checkpoint runs/cifar10-speed/checkpoint.pt
-    python speedup_diffusion.py --report runs/cifar10-uniform runs/cifar10-speed  # needs --fid-samples
+    python speedup_diffusion.py --report runs/digits-uniform runs/digits-speed
     torchrun --nproc_per_node=8 speedup_diffusion.py --dataset cifar10  # eight GPUs
 
-Contents: 1 Forward process   2 Accelerations   3 U-Net   4 Sampling   5 Data   6 Evaluation   7 Training
-8 Report   9 Command line
-
-Measured on two CPU cores and two small problems, 4 and 2 seeds: SpeeD reaches uniform sampling's last Frechet
-distance in 2.4 and 1.2 times fewer steps, the other three gain at most 1.08 (README). No GPU was at hand.
+Contents: 1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Report
+8 Command line
 """
 
 import argparse
 import contextlib
 import copy
 import csv
-import ctypes
-import functools
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
-import re
-import shlex
-import shutil
 import signal
-import socket
 import statistics
 import sys
 import tempfile
+import threading
 import time
-import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -49,24 +37,29 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# torchrun starts the processes and numbers them: over all machines, and on each.
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, LOCAL_RANK = int(TORCHRUN.get("RANK", "0")), int(TORCHRUN.get("LOCAL_RANK", "0"))
-PROCESSES, LOCAL_PROCESSES = int(TORCHRUN.get("WORLD_SIZE", "1")), int(TORCHRUN.get("LOCAL_WORLD_SIZE", "1"))
+# Whoever starts several processes, torchrun or another launcher, numbers them: over all machines and on each.
+RANK = int(os.environ.get("RANK", "0"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 
-# 1 Forward process ------------------------------------------------------------------------------------------
-# Diffusion mixes noise into an image x0, little at t = 0, until at t = T - 1 nearly nothing else is left. A
-# network sees the noisy x_t and t and predicts eps (epsilon), the noise in it; the loss is the mean square
+
+class UserError(Exception):
+    """What the user can mend: main prints it as one line and exits with status 2."""
+
+
+# 1 Diffusion ------------------------------------------------------------------------------------------------
+# Diffusion mixes noise into an image x0: little at t = 0, until at t = T - 1 nearly nothing else is left. A
+# network sees the noisy x_t and t and predicts epsilon (eps), the noise in it; its loss is the mean square
 # error (MSE) of that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational
-# bound on the likelihood: these MSEs, summed over t with the factors `vlb_coefficients`. ab is short for
-# alphas_cumprod, [T]; SNR, the signal-to-noise ratio, is ab / (1 - ab). Images: [B, C, H, W] in [-1, 1].
+# bound on the likelihood (VLB): these MSEs summed over t, each times vlb_coefficients[t].
+# ab is short for alphas_cumprod, [T]. SNR, the signal-to-noise ratio, is ab / (1 - ab).
+# Images are float [B, C, H, W] in [-1, 1]; t is int64 [B].
 
 
-class ForwardProcess:
-    """q(x_t | x0) = N(sqrt(ab_t) x0, (1 - ab_t) I): all of diffusion that training needs.
+class GaussianDiffusion:
+    """The forward process q(x_t | x0) = N(sqrt(ab_t) x0, (1 - ab_t) I), and two ways back: DDPM and DDIM.
 
     schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear
     in sqrt(beta)), both times 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
@@ -74,15 +67,16 @@ class ForwardProcess:
 
     betas, alphas_cumprod: float32 [T], on device.
     vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the
-    fixed variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the variational
-    bound's term at t that depends on the model, in bits per dimension (at t = 0 of a KL term like the others,
-    where the DDPM paper has a discrete likelihood).
+    fixed variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the bound's KL term
+    at t that depends on the model, in bits per dimension. The DDPM paper has a discrete likelihood in place
+    of a KL term at t = 0; here t = 0 has the same formula as the others.
     """
 
-    def __init__(self, schedule: str = "linear", timesteps: int = 1000, device: str = "cpu"):
+    def __init__(self, schedule="linear", timesteps=1000, device="cpu"):
         if timesteps < 1:
             raise ValueError(f"timesteps must be at least 1, got {timesteps}")
-        low, high = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
+        low = 1e-4 * 1000 / timesteps
+        high = 0.02 * 1000 / timesteps
         if schedule == "linear":
             betas = torch.linspace(low, high, timesteps, dtype=torch.float64)
         elif schedule == "quad":
@@ -92,44 +86,99 @@ class ForwardProcess:
             f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
             betas = 1 - f[1:] / f[:-1]
         else:
-            raise ValueError(f"schedule must be linear, cosine or quad, got {schedule!r}")
-        betas = betas.clamp(max=0.999).to(device)
+            raise ValueError(f"schedule must be linear, quad or cosine, got {schedule!r}")
+        betas = betas.clamp(max=0.999)
         ab = (1 - betas).cumprod(0)
-        self.timesteps, self.betas, self.alphas_cumprod = timesteps, betas.float(), ab.float()
-        self.vlb_coefficients = (betas / (2 * (1 - betas) * (1 - ab) * math.log(2))).float()
-        # float64, because 1 - ab loses digits near t = 0; the appended 1 makes index -1 mean x0 itself.
-        self._ab = torch.cat([ab, ab.new_ones(1)])
+        self.timesteps = timesteps
+        self.betas = betas.float().to(device)
+        self.alphas_cumprod = ab.float().to(device)
+        self.vlb_coefficients = (betas / (2 * (1 - betas) * (1 - ab) * math.log(2))).float().to(device)
+        # sqrt(ab) and sqrt(1 - ab), [T + 1, 1, 1, 1], from float64 because 1 - ab loses digits near t = 0. Index
+        # -1 finds the appended last one, which belongs to x0 itself.
+        ab = torch.cat([ab, ab.new_ones(1)]).view(-1, 1, 1, 1)
+        self._signal = ab.sqrt().float().to(device)
+        self._sigma = (1 - ab).sqrt().float().to(device)
 
-    def _ab_at(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self._ab[t].view(-1, *[1] * (x.dim() - 1))
+    def q_sample(self, x0, t, noise):
+        """x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise."""
+        return self._signal[t] * x0 + self._sigma[t] * noise
 
-    def q_sample(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise; x0 and noise [B, C, H, W], t int64 [B]."""
-        ab = self._ab_at(t, x0)
-        return ab.sqrt().to(x0.dtype) * x0 + (1 - ab).sqrt().to(x0.dtype) * noise
-
-    def predict_x0(self, x_t: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+    def predict_x0(self, x_t, t, eps):
         """q_sample backwards: the x0 that x_t and the noise eps in it imply. Not clipped."""
-        ab = self._ab_at(t, x_t)
-        return (x_t - (1 - ab).sqrt().to(x_t.dtype) * eps) / ab.sqrt().to(x_t.dtype)
+        return (x_t - self._sigma[t] * eps) / self._signal[t]
+
+    def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True):
+        """One step t -> t_prev (int64 [B], -1 means x0) of DDIM, Song et al., arXiv:2010.02502, eq. 12.
+
+        eta = 0 is deterministic and does not read noise (None will do); eta = 1 has DDPM's variance.
+        clip: x0 is clipped to [-1, 1] and epsilon taken again from the clipped x0.
+        """
+        signal = self._signal[t]
+        signal_prev = self._signal[t_prev]
+        sigma = self._sigma[t]
+        sigma_prev = self._sigma[t_prev]
+        x0 = self.predict_x0(x_t, t, eps)
+        if clip:
+            x0 = x0.clamp(-1, 1)
+            eps = (x_t - signal * x0) / sigma
+        added = sigma**2 - (sigma_prev * signal / signal_prev) ** 2  # the variance of x_t given x_{t_prev}
+        variance = eta**2 * (sigma_prev / sigma) ** 2 * added
+        x_prev = signal_prev * x0 + (sigma_prev**2 - variance).clamp(min=0).sqrt() * eps
+        if eta > 0:
+            x_prev = x_prev + variance.clamp(min=0).sqrt() * noise
+        return x_prev
+
+    def ddpm_step(self, x_t, t, eps, noise, clip=True):
+        """One step t -> t - 1 of DDPM with the posterior's own variance ("fixed-small"), arXiv:2006.11239.
+
+        q(x_{t-1} | x_t, x0) is what DDIM's step with eta = 1 draws from, so there is nothing else to write.
+        """
+        return self.ddim_step(x_t, t, t - 1, eps, 1.0, noise, clip)
+
+    @torch.no_grad()
+    def sample(self, model, shape, method="ddim", steps=50, eta=0.0, generator=None):
+        """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
+
+        method "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1,
+        whatever steps and eta say. generator: a torch.Generator on any device, for the same images again.
+        ValueError: an unknown method, or steps outside 1..T.
+        """
+        if method not in ("ddim", "ddpm"):
+            raise ValueError(f"method must be ddim or ddpm, got {method!r}")
+        if method == "ddpm":
+            steps = self.timesteps
+            eta = 1.0
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"sampling steps must lie in 1..{self.timesteps}, got {steps}")
+        device = self.betas.device
+        drawn_on = generator.device if generator is not None else device
+        times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+        x = torch.randn(shape, generator=generator, device=drawn_on).to(device)
+        for now, then in zip(times, times[1:] + [-1]):
+            t = torch.full((len(x),), now, device=device)
+            t_prev = torch.full((len(x),), then, device=device)
+            noise = None
+            eps = model(x, t).to(x.dtype)
+            if eta > 0:
+                noise = torch.randn(shape, generator=generator, device=drawn_on).to(device)
+            x = self.ddim_step(x, t, t_prev, eps, eta, noise)
+        return x
 
 
 # 2 Accelerations --------------------------------------------------------------------------------------------
 # A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with
 # any weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64
-# timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece: it needs math, torch and
-# what its docstring's first line names. "Measured" is our own figure: how many times fewer steps than uniform
-# timesteps it took to uniform's last Frechet distance (between samples and data, section 6), first on digits
-# (1,600 steps, 2 to 4 seeds), then on CIFAR-10 images shrunk to 16x16 (600 steps, 2 seeds), on two CPU cores.
+# timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece you need math, torch and
+# the pieces that the first line of its docstring names. What each gained in our own runs: README.
 
 
 class UniformSampler:
     """Every timestep equally often: the DDPM baseline, P(t) = 1 / T."""
 
-    def __init__(self, timesteps: int):
+    def __init__(self, timesteps):
         self.probs = torch.full((timesteps,), 1 / timesteps)
 
-    def sample(self, x0: torch.Tensor, step: int) -> torch.Tensor:
+    def sample(self, x0, step):
         self.probs = self.probs.to(x0.device)
         return torch.randint(len(self.probs), (len(x0),), device=x0.device)
 
@@ -137,15 +186,14 @@ class UniformSampler:
 class LogitNormalSampler:
     """The middle more often than the ends: t = floor(T sigmoid(z)), z ~ N(0, 1). A baseline.
 
-    Esser et al., arXiv:2403.03206 (Stable Diffusion 3). Measured: 1.3 on the digits, at a higher val_mse; not
-    run on CIFAR-10.
+    Esser et al., arXiv:2403.03206 (Stable Diffusion 3).
     """
 
-    def __init__(self, timesteps: int):
+    def __init__(self, timesteps):
         edges = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
         self.probs = torch.special.ndtr(torch.logit(edges)).diff().float()
 
-    def sample(self, x0: torch.Tensor, step: int) -> torch.Tensor:
+    def sample(self, x0, step):
         self.probs = self.probs.to(x0.device)
         u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
         return (u * len(self.probs)).long().clamp(max=len(self.probs) - 1)
@@ -160,21 +208,40 @@ class SpeeDSampler:
     Training", arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are
     those of the authors' code. tau=None is our rule for any schedule: the number of timesteps with ab >=
     0.0069, which is 700 on that one. SpeeD is this sampler together with `change_aware_weights`.
-    The authors' code also draws half of each batch as the mirror image of the other half about a step near
-    642, which changes P(t); left out here.
-    Cost: none. Measured: 2.4 (1.8 to 3.2) and 1.2 with those weights; 1.8 and 1.1 without.
-    alphas_cumprod: [T]. ValueError: k < 1, or tau outside 1..T.
+    mirror: the authors' training runs also reflect half of each batch about the timestep m = mirror: t < m
+    becomes m - t, the others t - m. In distribution that is P'(t) = (P(t) + P of the reflected t) / 2. Their
+    rule for m is `SpeeDSampler.mirror_step`. None: the formula above alone.
+    Cost: none. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T, mirror outside 1..T-1.
     """
 
-    def __init__(self, alphas_cumprod: torch.Tensor, k: float = 5.0, tau: int | None = None):
+    def __init__(self, alphas_cumprod, k=5.0, tau=None, mirror=None):
         T = len(alphas_cumprod)
-        tau = max(1, int((alphas_cumprod >= 0.0069).sum())) if tau is None else tau
+        if tau is None:
+            tau = max(1, int((alphas_cumprod >= 0.0069).sum()))
         if not k >= 1 or not 1 <= tau <= T:
-            raise ValueError(f"k must be at least 1 and tau lie in 1..{T}, got k = {k}, tau = {tau}")
-        before_tau = torch.arange(T, device=alphas_cumprod.device) < tau
-        self.probs = torch.where(before_tau, k, 1.0) / (T + tau * (k - 1))
+            raise ValueError(f"SpeeD: k must be at least 1 and tau lie in 1..{T}, got k = {k}, tau = {tau}")
+        t = torch.arange(T, device=alphas_cumprod.device)
+        self.tau = tau
+        self.probs = torch.where(t < tau, k, 1.0) / (T + tau * (k - 1))
+        if mirror is not None:
+            if not 1 <= mirror < T:
+                raise ValueError(f"SpeeD: mirror must lie in 1..{T - 1}, got {mirror}")
+            reflected = torch.where(t < mirror, mirror - t, t - mirror)
+            self.probs = (self.probs + torch.zeros_like(self.probs).index_add(0, reflected, self.probs)) / 2
 
-    def sample(self, x0: torch.Tensor, step: int) -> torch.Tensor:
+    @staticmethod
+    def mirror_step(alphas_cumprod):
+        """The authors' m: the first t where sqrt(1 - ab) grows by less than 0.1 / T, plus 1.
+
+        On T = 1000 it is 642 (linear), 829 (quad), 959 (cosine). ValueError: T < 3.
+        """
+        T = len(alphas_cumprod)
+        if T < 3:
+            raise ValueError(f"SpeeD: its authors' form needs at least 3 timesteps, got {T}")
+        growth = torch.gradient((1 - alphas_cumprod.cpu().double()).sqrt())[0]
+        return min(int((growth >= 0.1 / T).long().argmin()) + 1, T - 1)
+
+    def sample(self, x0, step):
         self.probs = self.probs.to(x0.device)
         return torch.multinomial(self.probs, len(x0), replacement=True)
 
@@ -190,11 +257,10 @@ class CurriculumSampler:
     the formula and mu = 0.3 (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the
     paper's value is not known to us). Ours: gamma reaches 1 at the end of the run. SpeeD's repository has a
     CLTS whose exponent, -(t - mu)^2 / 2 * T^2, makes the Gaussian a spike at one t; not used here.
-    Cost: none. Measured: 1.07 with one of four seeds and 1.08 with one of two, no gain with the others.
-    `probs` is that of the last step sampled. ValueError: sigma <= 0, total_steps < 1.
+    Cost: none. `probs` is that of the last step sampled. ValueError: sigma <= 0, total_steps < 1.
     """
 
-    def __init__(self, timesteps: int, total_steps: int, mu: float = 0.3, sigma: float = 0.5):
+    def __init__(self, timesteps, total_steps, mu=0.3, sigma=0.5):
         if not sigma > 0 or total_steps < 1:
             raise ValueError(f"sigma must be above 0 and total_steps at least 1, got {sigma}, {total_steps}")
         t = torch.arange(timesteps, dtype=torch.float64) / timesteps
@@ -202,14 +268,14 @@ class CurriculumSampler:
         self.probs = torch.full((timesteps,), 1 / timesteps)
         self.total_steps = total_steps
 
-    def sample(self, x0: torch.Tensor, step: int) -> torch.Tensor:
+    def sample(self, x0, step):
         self.gaussian = self.gaussian.to(x0.device)
         gamma = min(1.0, step / self.total_steps)
         self.probs = (1 - gamma) / len(self.gaussian) + gamma * self.gaussian
         return torch.multinomial(self.probs, len(x0), replacement=True)
 
 
-def average_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+def average_over_processes(tensor):
     """In place, the mean of tensor over the processes of torch.distributed; unchanged where none are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
@@ -217,188 +283,199 @@ def average_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class AdaptiveSampler:
-    """Adaptive non-uniform sampling: a policy learns which t lower the bound. Needs `average_over_processes`.
+def policy_network(in_channels):
+    """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5 for every image.
 
-    A network pi(x0) gives (a, b) of a Beta distribution for each image; u ~ Beta(a, b), t = round(u (T - 1)).
+    Three convolutions and three linear layers as in the authors' code. Images are pooled to 16x16 first, so
+    that they may have any size.
+    """
+    layers = [torch.nn.AdaptiveAvgPool2d(16)]
+    for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
+        layers.append(torch.nn.Conv2d(c_in, c_out, 3, padding=1))
+        layers.append(torch.nn.MaxPool2d(2))  # before the ReLU: the same result for a quarter of its work
+        layers.append(torch.nn.ReLU())
+    layers.append(torch.nn.Flatten())
+    for c_in in (128 * 2 * 2, 256):
+        layers.append(torch.nn.Linear(c_in, 256))
+        layers.append(torch.nn.ReLU())
+    last = torch.nn.Linear(256, 2)
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.constant_(last.bias, 0.5)
+    return torch.nn.Sequential(*layers, last).to(memory_format=torch.channels_last)
+
+
+def geometric_bins(timesteps, count):
+    """0..timesteps-1 cut into at most count bins, finer at small t: (middle of each, how many t it holds)."""
+    edges = torch.arange(timesteps + 1)
+    if count < timesteps:
+        edges = (timesteps + 1) ** torch.linspace(0, 1, count + 1, dtype=torch.float64) - 1
+        edges = edges.round().long().unique()
+    widths = edges.diff()
+    return edges[:-1] + widths // 2, widths
+
+
+class AdaptiveSampler:
+    """Adaptive sampling. Needs `average_over_processes`, `policy_network` and `geometric_bins`.
+
+    A policy learns which t lower the bound. A network pi(x0) gives (a, b) of a Beta distribution for each
+    image, taken at the T bin centres u_t = (t + 0.5) / T:
+
+        P(t | x0) = (1 - floor) softmax over t of [(a - 1) log u_t + (b - 1) log(1 - u_t)] + floor / T
+
     Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after
-    it, L_t being the variational bound's term at t in bits per dimension:
-      1. Delta^t of ONE image at `probe` evenly spaced timesteps, and their sum, enter a queue of `queue`;
-      2. Delta^t of EVERY image at the `selected` timesteps S gives its reward, the sum over S of Delta^t;
-      3. REINFORCE: loss = -mean(log p(u_i) reward_i) - entropy mean(H_i), one Adam step of the policy;
-      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum (largest r^2,
-         the ranking of scikit-learn's f_regression, which the authors use).
+    it, L_t = reward_weights[t] times the epsilon-MSE at t:
+      1. Delta^t of ONE image at `probe` timesteps enters a queue of `queue`;
+      2. Delta^t of EVERY image, summed over the `selected` timesteps S, is its reward r;
+      3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), A = (r - mean r) / std r, one step of Adam;
+      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum over all t (largest
+         r^2, which ranks as scikit-learn's f_regression, which the authors use).
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
-    Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling", arXiv:2411.09998 (CVPR 2025). Network and
-    defaults (every 40 steps, |S| = 3, queue 20, Adam with lr 1e-2, gradient norm 1, entropy 1e-2) are those
-    of the authors' code.
-    Differs from it: before and after share x_t and noise, so that Delta shows the update and not the draw;
-    step 1 probes 100 timesteps and not all T (probe=T does); Delta^t is
-    vlb_coefficients[t] times the fall of the epsilon-MSE, the same thing when the variance is fixed to
-    beta_t; S may change from the third probe on; adaptive pooling, for images of any size; a share `floor` of
-    u is uniform, so that no t dies out.
+    Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training",
+    arXiv:2411.09998 (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, Adam,
+    gradient norm 1. AUTHORS holds what else is theirs, as arguments: their reward (r + entropy H in place of A,
+    a product), all T timesteps probed, and their pace.
+    Ours: the advantage A, because their entropy term drowns r; before and after share x_t and noise, so that
+    Delta shows the update and not the draw, and are measured without dropout; probes lie denser at small t,
+    each counted by the timesteps it stands for; `floor`, so that no t dies out; the bins in place of
+    t = round(u (T - 1)).
+    reward_weights: [T], None for the bound's coefficients (the paper's reward), less those of timesteps whose
+    beta is capped at 0.999: on the cosine schedule such a one would be nearly all of the reward. The loss
+    weights, for a policy that lowers the loss that is trained, are our own variant.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
-    policy at every step: 11% of uniform's time with a U-Net of 0.64M parameters (`make bench`), less with a
-    larger one. Measured: no gain on the digits (but the lowest bound, its reward), 1.03 in steps and 0.98 in
-    time on CIFAR-10.
+    policy at every step.
 
-    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper; as a
-    whole it is put into eval mode to be measured, and back into its own.
-    `probs` is the mixture over the images of the last policy update. Several processes must build the policy
-    under one seed; each has its own images, all keep the same policy, queue, S and `probs`; a probe is the
-    mean over one image of each.
-    ValueError: fewer timesteps than `selected`, or a number that makes no sense.
+    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper.
+    Several processes must build the policy under one seed; each has its own images, all keep the same policy,
+    queue, S and `probs`. ValueError: fewer timesteps than `selected`, or a number that makes no sense.
     """
 
+    AUTHORS = {"every": 40, "probe": 10**9, "lr": 1e-2, "entropy": 1e-2, "advantage": False}
+
     def __init__(
-        self, alphas_cumprod: torch.Tensor, in_channels: int, every: int = 40, selected: int = 3,
-        queue: int = 20, probe: int = 100, lr: float = 1e-2, entropy: float = 1e-2, floor: float = 0.01,
+        self, alphas_cumprod, in_channels, reward_weights=None, every=10, selected=3,
+        queue=20, probe=100, lr=1e-3, entropy=0.05, floor=0.01,
+        advantage=True,
     ):  # fmt: skip
-        T, device = len(alphas_cumprod), alphas_cumprod.device
-        probe = min(probe, T)
-        if not 1 <= selected <= probe or every < 1 or queue < 3 or not 0 < floor < 1:
-            raise ValueError(f"selected must lie in 1..{probe}; every >= 1, queue >= 3, 0 < floor < 1")
-        ab = alphas_cumprod.double()
-        alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
-        self.vlb_coefficients = ((1 - alphas) / (2 * alphas * (1 - ab) * math.log(2))).float()
-        self.alphas_cumprod, self.every = alphas_cumprod.float(), every
-        self.entropy, self.floor = entropy, floor
-        layers: list[torch.nn.Module] = []
-        for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
-            conv = torch.nn.Conv2d(c_in, c_out, 3, padding=1)
-            layers += [conv, torch.nn.MaxPool2d(2, ceil_mode=True), torch.nn.ReLU()]  # = pool(relu), cheaper
-        layers += [torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten()]
-        for c_in in (128 * 4 * 4, 256):
-            layers += [torch.nn.Linear(c_in, 256), torch.nn.ReLU()]
-        last = torch.nn.Linear(256, 2)
-        torch.nn.init.zeros_(last.weight)
-        torch.nn.init.constant_(last.bias, 0.5)  # a = b = softplus(0.5) = 0.974: nearly uniform
-        self.policy = torch.nn.Sequential(*layers, last).to(device).to(memory_format=torch.channels_last)
+        T = len(alphas_cumprod)
+        device = alphas_cumprod.device
+        grid, widths = geometric_bins(T, probe)
+        if not 1 <= selected <= len(grid) or every < 1 or queue < 3 or not 0 < floor < 1:
+            raise ValueError(
+                f"adaptive: selected must lie in 1..{len(grid)}; every >= 1, queue >= 3, 0 < floor < 1"
+            )
+        if reward_weights is None:
+            ab = alphas_cumprod.cpu().double()
+            alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
+            reward_weights = (1 - alphas) / (2 * alphas * (1 - ab) * math.log(2))
+            reward_weights[alphas < 0.002] = 0
+        self.reward_weights = reward_weights.float().to(device)
+        self.alphas_cumprod = alphas_cumprod.float()
+        self.every = every
+        self.entropy = entropy
+        self.floor = floor
+        self.advantage = advantage
+        self.policy = policy_network(in_channels).to(device)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
-        self.grid = torch.linspace(0, T - 1, probe, dtype=torch.float64).round().long().to(device)
-        self.selected = torch.arange(selected, device=device)
-        self.queue, self.filled = torch.zeros(queue, probe, device=device), 0
-        one, (a, b) = torch.ones(1, device=device), torch.nn.functional.softplus(last.bias.detach()) + 1e-5
-        self.uniform = self.beta_probs(one, one, T)
-        self.probs = self.beta_probs(a[None], b[None], T).lerp(self.uniform, floor)
-        self._drawn: tuple = ()
-        self._look: tuple = ()
+        self.grid = grid.to(device)
+        self.widths = widths.to(device)
+        u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+        self.log_u = torch.stack([u.log(), (-u).log1p()]).float().to(device)
+        # The state of a run: the policy and its optimiser, and
+        self.queue = torch.zeros(queue, len(grid), device=device)
+        self.filled = 0  # how many probes entered the queue so far
+        self.selected = self.grid[:selected].clone()
+        self.probs = torch.full((T,), 1 / T, device=device)  # of the last batch, mean over its images
+        # Between the calls of one step:
+        self._batch = ()  # sample leaves (x0, t)
+        self._probe = ()  # before_update leaves (x_t, t, noise, L_t), after_update empties it
 
-    @staticmethod
-    def beta_probs(a: torch.Tensor, b: torch.Tensor, T: int) -> torch.Tensor:
-        """[T]: the probability that round(u (T - 1)) is t, u ~ Beta(a_i, b_i), mean over i; a, b [n].
-
-        Within 2e-5 for T = 1000 and a, b up to 30; of sharper peaks the nodes see less. The distribution
-        function of Beta(a, b) is a closed form plus that of Beta(a + 1, b + 1), whose density has no poles,
-        so that three Gauss-Legendre nodes a bin will do.
-        """
-        a, b = a.double()[:, None], b.double()[:, None]
-        log_beta = torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
-
-        def kernel(u):  # u^a (1 - u)^b / B(a, b)
-            return torch.exp(a * u.log() + b * (-u).log1p() - log_beta)
-
-        edges = ((torch.arange(T + 1, dtype=a.dtype, device=a.device) - 0.5) / max(1, T - 1)).clamp(0, 1)
-        edges[-1:] = 1  # for T = 1; edges[-1] would wait for a GPU
-        middle, half = (edges[1:] + edges[:-1]) / 2, edges.diff() / 2
-        nodes = ((-(0.6**0.5), 5 / 9), (0.0, 8 / 9), (0.6**0.5, 5 / 9))
-        smooth = sum(weight * half * kernel(middle + node * half) for node, weight in nodes)
-        closed = kernel(edges) * (b - (a + b) * edges)
-        probs = ((closed.diff() + (a + b) * (a + b + 1) * smooth) / (a * b)).clamp(min=0)
-        return (probs / probs.sum(1, keepdim=True).clamp(min=1e-300)).mean(0).float()
-
-    def concentrations(self, x0: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(a, b), each [B], of the images' Beta distributions."""
-        return (torch.nn.functional.softplus(self.policy(x0.float())) + 1e-5).clamp(max=1e5).unbind(1)
+    def distribution(self, x0):
+        """P(t | x0) of each image of the batch."""
+        concentrations = torch.nn.functional.softplus(self.policy(x0.float())) + 1e-5
+        beta = torch.softmax((concentrations - 1) @ self.log_u, 1)
+        probs = (1 - self.floor) * beta + self.floor / len(self.probs)
+        return torch.distributions.Categorical(probs, validate_args=False)
 
     @torch.no_grad()
-    def sample(self, x0: torch.Tensor, step: int) -> torch.Tensor:
-        # u = A / (A + B) with A ~ Gamma(a), B ~ Gamma(b), in logarithms: below 0.1 the draws themselves
-        # underflow and torch's Beta returns 1/2. A Gamma(c) draw is a Gamma(c + 1) draw times U^(1/c).
-        c = torch.stack(self.concentrations(x0))
-        draw = torch.distributions.Gamma(c + 1, torch.ones_like(c), validate_args=False).sample()
-        log_a, log_b = draw.log() + torch.rand_like(c).log() / c
-        u = torch.sigmoid(log_a - log_b)
-        u = torch.where(torch.rand_like(u) < self.floor, torch.rand_like(u), u)
-        self._drawn = x0, u.clamp(1e-6, 1 - 1e-6)  # log p(u) is infinite at 0 and 1
-        return (u * (len(self.probs) - 1)).round().long()
+    def sample(self, x0, step):
+        distribution = self.distribution(x0)
+        self.probs = average_over_processes(distribution.probs.mean(0))
+        t = distribution.sample()
+        self._batch = (x0, t)
+        return t
 
     @torch.no_grad()
-    def _vlb_terms(self, model, x_t, t, noise, batch):
+    def _weighted_mse(self, model, x_t, t, noise):
         training = model.training
         model.eval()  # no dropout, before and after
-        batch = min(batch, 64) if x_t.device.type == "cpu" else batch  # larger ones outgrow a CPU's cache
-        parts = zip(x_t.split(batch), t.split(batch), noise.split(batch))
-        mse = torch.cat([(model(x, s).float() - n).square().flatten(1).mean(1) for x, s, n in parts])
+        errors = []
+        for x_part, t_part, noise_part in zip(x_t.split(128), t.split(128), noise.split(128)):
+            errors.append((model(x_part, t_part).float() - noise_part).square().flatten(1).mean(1))
         model.train(training)
-        return self.vlb_coefficients[t] * mse
+        return self.reward_weights[t] * torch.cat(errors)
 
-    def before_update(self, model: torch.nn.Module, step: int) -> None:
+    def before_update(self, model, step):
         """Measure L_t before the update. Does nothing unless step is a multiple of `every`."""
         if step % self.every:
             return
-        x0, _ = self._drawn
-        batch = len(x0)
-        one = x0[torch.randint(batch, (1,), device=x0.device)]
-        x = torch.cat([one.expand(len(self.grid), *one.shape[1:]), x0.repeat(len(self.selected), 1, 1, 1)])
-        t = torch.cat([self.grid, self.selected.repeat_interleave(batch)])
-        noise, ab = torch.randn_like(x), self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        fixed = ab.sqrt() * x + (1 - ab).sqrt() * noise, t, noise, batch
-        self._look = fixed, self._vlb_terms(model, *fixed)
+        x0 = self._batch[0]
+        one = x0[torch.randint(len(x0), (1,), device=x0.device)]
+        x = torch.cat([one.expand(len(self.grid), -1, -1, -1), x0.repeat(len(self.selected), 1, 1, 1)])
+        t = torch.cat([self.grid, self.selected.repeat_interleave(len(x0))])
+        noise = torch.randn_like(x)
+        ab = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        x_t = ab.sqrt() * x + (1 - ab).sqrt() * noise
+        self._probe = (x_t, t, noise, self._weighted_mse(model, x_t, t, noise))
 
-    def after_update(self, model: torch.nn.Module) -> None:
+    def after_update(self, model):
         """Measure L_t again, with the same x_t and noise; update the policy, the queue and S."""
-        if not self._look:
+        if not self._probe:
             return
-        (fixed, before), self._look = self._look, ()
-        delta = torch.nan_to_num(before - self._vlb_terms(model, *fixed), 0.0, 0.0, 0.0)
-        probed, rewards = delta[: len(self.grid)], delta[len(self.grid) :]
-        self.update_policy(rewards.view(len(self.selected), -1).sum(0))
+        x_t, t, noise, before = self._probe
+        self._probe = ()
+        delta = torch.nan_to_num(before - self._weighted_mse(model, x_t, t, noise), 0.0, 0.0, 0.0)
+        probed = delta[: len(self.grid)]
+        rewards = delta[len(self.grid) :].view(len(self.selected), -1).sum(0)
+        self.update_policy(rewards)
         self.queue[self.filled % len(self.queue)] = average_over_processes(probed)
         self.filled += 1
         if self.filled >= 3:  # two points always lie on a line
-            best = self.most_predictive(self.queue[: self.filled], len(self.selected))
+            best = self.most_predictive(self.queue[: self.filled], self.widths, len(self.selected))
             self.selected = self.grid[best]
 
-    def update_policy(self, reward: torch.Tensor) -> None:
+    def update_policy(self, reward):
         """One REINFORCE step on the images drawn last; reward [B], larger is better."""
-        x0, u = self._drawn
-        with torch.enable_grad(), torch.autocast(x0.device.type, enabled=False):
-            a, b = self.concentrations(x0)
-            beta = torch.distributions.Beta(a, b, validate_args=False)
-            floor = torch.full_like(u[:1], self.floor)
-            log_prob = torch.logaddexp(beta.log_prob(u) + torch.log1p(-floor), floor.log())
-            loss = -(log_prob * reward).mean() - self.entropy * beta.entropy().mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            for p in self.policy.parameters():
-                if p.grad is not None:
-                    average_over_processes(p.grad)
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            self.optimizer.step()
-            self.refresh_probs(x0)
-
-    @torch.no_grad()
-    def refresh_probs(self, x0: torch.Tensor) -> None:
-        """Set `probs` to the mixture over the images x0."""
-        a, b = self.concentrations(x0)
-        probs = self.beta_probs(a, b, len(self.probs))
-        self.probs = average_over_processes(probs).lerp(self.uniform, self.floor)
+        x0, t = self._batch
+        distribution = self.distribution(x0)
+        # Counted as densities over (0, 1), as a Beta distribution has them: the authors' product depends on it.
+        log_density = distribution.log_prob(t) + math.log(len(self.probs))
+        entropy = distribution.entropy() - math.log(len(self.probs))
+        if self.advantage:
+            advantage = (reward - reward.mean()) / (reward.std() + 1e-12)
+            loss = -(advantage * log_density + self.entropy * entropy).mean()
+        else:
+            loss = -((reward + self.entropy * entropy) * log_density).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        for p in self.policy.parameters():
+            average_over_processes(p.grad)
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        self.optimizer.step()
 
     @staticmethod
-    def most_predictive(deltas: torch.Tensor, count: int) -> torch.Tensor:
-        """Indices [count], ascending, of the columns of deltas [n, G] most correlated with the row sums."""
-        x, y = deltas.double(), deltas.double().sum(1)
-        x, y = x - x.mean(0), y - y.mean()
-        r2 = (x * y[:, None]).sum(0) ** 2 / (x.square().sum(0) * y.square().sum())
+    def most_predictive(deltas, widths, count):
+        """Indices [count], ascending, of the columns of deltas [n, G] most correlated with deltas @ widths."""
+        x = deltas - deltas.mean(0)
+        y = x @ widths.to(x.dtype)
+        r2 = (y @ x) ** 2 / (x.square().sum(0) * y.square().sum())
         return torch.nan_to_num(r2, -1.0).topk(count).indices.sort().values
 
-    def state_dict(self) -> dict:
-        own = {name: getattr(self, name) for name in ("queue", "filled", "selected", "probs")}
-        return own | {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+    def state_dict(self):
+        state = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | {name: getattr(self, name) for name in ("queue", "filled", "selected", "probs")}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state):
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         for name in ("queue", "selected", "probs"):
@@ -406,40 +483,36 @@ class AdaptiveSampler:
         self.filled = state["filled"]
 
 
-def change_aware_weights(alphas_cumprod: torch.Tensor, lam: float = 0.6) -> torch.Tensor:
+def change_aware_weights(alphas_cumprod, lam=0.6, tau=None):
     """SpeeD's weighting: timesteps where the noise changes fast count more. For `normalize_weights`.
 
         g = gradient of (1 - ab) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam    [T]
 
-    Source: Wang et al., arXiv:2405.17403. lam = 0.6: authors' code, which sets the weight to 1 for t >= tau;
-    this is the formula as third parties read it, on all t. Cost: none. Measured alone: 1.1 and 1.05; with
-    SpeeDSampler lam = 0.8 gave 3.6 (2.8 to 4.0) and 1.3, where 0.6 gave 2.4 and 1.2.
-    alphas_cumprod: [T], T >= 3, not a straight line. ValueError: lam outside [0.5, 1], or T < 3.
+    Source: Wang et al., arXiv:2405.17403. lam = 0.6 is the default of the authors' code. The formula, on all
+    t, is as third parties read it. The authors' code sets the weight to 1 for t >= tau, which is more than
+    the others have: give tau (`SpeeDSampler(...).tau`) for that. Cost: none.
+    alphas_cumprod: [T], not a straight line. ValueError: lam outside [0.5, 1], or T < 3.
     """
     if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 3:
-        raise ValueError(f"lam must lie in [0.5, 1] and T be at least 3, got {lam}, {len(alphas_cumprod)}")
-    g = torch.gradient(1 - alphas_cumprod.double())[0]
+        problem = "change-aware weights: lam must lie in [0.5, 1] and T be at least 3"
+        raise ValueError(f"{problem}, got lam = {lam}, T = {len(alphas_cumprod)}")
+    g = torch.gradient(1 - alphas_cumprod.cpu().double())[0]
     g = (g - g.min()) / (g.max() - g.min())
-    return ((1 - lam) + (2 * lam - 1) * g).to(alphas_cumprod.dtype)
+    weights = (1 - lam) + (2 * lam - 1) * g
+    if tau is not None:
+        weights[tau:] = 1
+    return weights.to(alphas_cumprod)
 
 
-def min_snr_weights(alphas_cumprod: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
+def min_snr_weights(alphas_cumprod, gamma=5.0):
     """Min-SNR-gamma for epsilon prediction, [T]: min(SNR, gamma) / SNR, SNR = ab / (1 - ab). A baseline.
 
-    Hang et al., arXiv:2303.09556, gamma = 5 theirs. Measured: 1.6 and 1.15, at a higher val_mse.
+    Hang et al., arXiv:2303.09556, gamma = 5 theirs.
     """
     return (gamma * (1 - alphas_cumprod) / alphas_cumprod).clamp(max=1)  # the same, also for SNR = 0
 
 
-def p2_weights(alphas_cumprod: torch.Tensor, k: float = 1.0, gamma: float = 1.0) -> torch.Tensor:
-    """P2 weighting, [T]: 1 / (k + SNR)^gamma, SNR = ab / (1 - ab). A baseline, not measured.
-
-    Choi et al., arXiv:2204.00227, k = gamma = 1 theirs.
-    """
-    return (k + alphas_cumprod / (1 - alphas_cumprod)) ** -gamma
-
-
-def normalize_weights(weights: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+def normalize_weights(weights, probs):
     """weights [T] scaled so that sum(probs * result) = 1, probs [T] being the sampler's. Our choice.
 
     The expected weight is then 1, and a learning rate means the same for every sampler and weight. The probs
@@ -448,7 +521,7 @@ def normalize_weights(weights: torch.Tensor, probs: torch.Tensor) -> torch.Tenso
     return weights / (probs.to(weights.device) * weights).sum()
 
 
-def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
+def momentum_decay(progress, beta1=0.9):
     """Momentum decay with learning-rate compensation (MDLRC): (beta1, lr_scale) at progress s = n / N.
 
         beta1(s) = b (1 - s) / ((1 - b) + b (1 - s)),    lr_scale(s) = (1 - b) / (1 - beta1(s)) = 1 - b s
@@ -458,8 +531,7 @@ def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
     optimiser of the Adam family: there a new gradient enters with 1 - beta1.
     Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found.
     Second-hand: the compensation and b = 0.9. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952).
-    Cost: none. Measured: slower than without on both problems: lr falls linearly to a tenth, too.
-    progress: in [0, 1]. ValueError: beta1 outside [0, 1).
+    Cost: none. progress: in [0, 1]. ValueError: beta1 outside [0, 1).
     """
     if not 0 <= beta1 < 1:
         raise ValueError(f"beta1 must lie in [0, 1), got {beta1}")
@@ -468,17 +540,20 @@ def momentum_decay(progress: float, beta1: float = 0.9) -> tuple[float, float]:
 
 
 # 3 U-Net ----------------------------------------------------------------------------------------------------
+# DDPM's network, small: residual blocks that know t, self-attention at low resolutions, and skip connections
+# from each block on the way down to one on the way up. To copy it you need math, torch, nn and F.
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of 4 channels or more: in one of its own the time embedding, a constant, cancels."""
+def group_norm(channels):
+    """At most 32 groups, of 4 channels or more: in a group of one channel the time embedding would cancel."""
     return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels)
 
 
-def zero(conv: nn.Conv2d) -> nn.Conv2d:
-    """Start at zero, so that the block it ends begins as the identity."""
-    for p in conv.parameters():
-        nn.init.zeros_(p)
+def zero_conv(c_in, c_out, kernel):
+    """A convolution that starts at zero, so that the block it ends begins as the identity."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -488,15 +563,16 @@ class SelfAttention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.heads = math.gcd(max(1, channels // 64), channels)
-        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero(nn.Conv2d(channels, channels, 1))
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_conv(channels, channels, 1)
 
     def forward(self, x):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).reshape(B, H * W, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, H W, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        return x + self.out(h)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2))
 
 
 class ResBlock(nn.Module):
@@ -504,10 +580,12 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out, emb, dropout, attend):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(emb, c_out)
-        self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.norm2 = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_conv(c_out, c_out, 3)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = SelfAttention(c_out) if attend else nn.Identity()
 
@@ -522,9 +600,9 @@ class UNet(nn.Module):
 
     Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way
     up, at half the resolution of level i - 1. attention: sides of the (square) feature maps that get
-    self-attention; unless empty, the middle has it too. patch: images are folded
+    self-attention, None for the lowest level's; unless empty, the middle has it too. patch: images are folded
     to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
-    ValueError: an odd width, or an image_size that patch and the levels do not divide.
+    ValueError: an odd width, an image_size that patch and the levels do not divide, a side that is none.
     """
 
     def __init__(self, in_channels, width, mults, num_blocks, attention, dropout, image_size=32, patch=1):
@@ -532,135 +610,64 @@ class UNet(nn.Module):
         shrink = patch * 2 ** (len(mults) - 1)
         if width % 2 or image_size % shrink:
             raise ValueError(f"width {width} must be even and image_size {image_size} divide by {shrink}")
-        self.width, self.patch, emb = width, patch, 4 * width
+        sides = [image_size // patch // 2**level for level in range(len(mults))]
+        if attention is None:
+            attention = sides[-1:]
+        if not set(attention) <= set(sides):
+            raise ValueError(f"attention {list(attention)}: the feature maps have the sides {sides}")
+        emb = 4 * width
+        self.width = width
+        self.patch = patch
         self.time = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(in_channels * patch**2, width, 3, padding=1)
-
-        size, channels, skips = image_size // patch, width, [width]  # size: of the level being built
-
-        def stage(c_in, c_out):
-            return ResBlock(c_in, c_out, emb, dropout, attend=size in attention)
-
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        channels = width
+        skips = [width]  # the channels of each feature map that the way up receives
         for level, mult in enumerate(mults):
             if level:
                 self.down.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
                 skips.append(channels)
-                size //= 2
             for _ in range(num_blocks):
-                self.down.append(stage(channels, width * mult))
+                self.down.append(ResBlock(channels, width * mult, emb, dropout, sides[level] in attention))
                 channels = width * mult
                 skips.append(channels)
         self.middle1 = ResBlock(channels, channels, emb, dropout, attend=bool(attention))
         self.middle2 = ResBlock(channels, channels, emb, dropout, attend=False)
         for level, mult in reversed(list(enumerate(mults))):
             for _ in range(num_blocks + 1):
-                self.up.append(stage(channels + skips.pop(), width * mult))
+                c_in = channels + skips.pop()
+                self.up.append(ResBlock(c_in, width * mult, emb, dropout, sides[level] in attention))
                 channels = width * mult
             if level:
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
-                size *= 2
         self.norm = group_norm(channels)
-        self.head = zero(nn.Conv2d(channels, in_channels * patch**2, 3, padding=1))
+        self.head = zero_conv(channels, in_channels * patch**2, 3)
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, x, t):
         half = self.width // 2
         frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
         angles = t.float()[:, None] * frequencies
         emb = self.time(torch.cat([angles.cos(), angles.sin()], 1))
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = [h]
-        for block in self.down:
-            h = block(h, emb) if isinstance(block, ResBlock) else block(h)
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
             skips.append(h)
         h = self.middle2(self.middle1(h, emb), emb)
-        for block in self.up:
-            if isinstance(block, ResBlock):
-                h = block(torch.cat([h, skips.pop()], 1), emb)
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                h = layer(torch.cat([h, skips.pop()], 1), emb)
             else:
-                h = block(F.interpolate(h, scale_factor=2.0))
+                h = layer(F.interpolate(h, scale_factor=2.0))
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.patch)
 
 
-# 4 Sampling -------------------------------------------------------------------------------------------------
+# 4 Data -----------------------------------------------------------------------------------------------------
+# Every data set ends as two uint8 tensors [N, C, size, size]: one to train on, one held out. From here on args
+# are the settings of the command line, section 8.
 
-
-class GaussianDiffusion(ForwardProcess):
-    """The forward process and two ways back, DDPM's and DDIM's. Arguments as for ForwardProcess."""
-
-    def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True) -> torch.Tensor:
-        """One step t -> t_prev (int64 [B], -1 means x0) of DDIM, Song et al., arXiv:2010.02502, eq. 12.
-
-        eta = 0 is deterministic and does not read noise (None will do); eta = 1 has DDPM's variance.
-        clip: x0 is clipped to [-1, 1] and epsilon taken again from the clipped x0.
-        """
-        ab, ab_prev = self._ab_at(t, x_t), self._ab_at(t_prev, x_t)
-        x0 = self.predict_x0(x_t, t, eps)
-        if clip:
-            x0 = x0.clamp(-1, 1)
-            eps = (x_t - ab.sqrt().to(x_t.dtype) * x0) / (1 - ab).sqrt().to(x_t.dtype)
-        variance = eta**2 * (1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)
-        direction = (1 - ab_prev - variance).clamp(min=0).sqrt()
-        x_prev = ab_prev.sqrt().to(x_t.dtype) * x0 + direction.to(x_t.dtype) * eps
-        return x_prev + variance.sqrt().to(x_t.dtype) * noise if eta > 0 else x_prev
-
-    def ddpm_step(self, x_t, t, eps, noise, clip=True) -> torch.Tensor:
-        """One step t -> t - 1 of DDPM with the posterior's own variance ("fixed-small"), arXiv:2006.11239.
-
-        q(x_{t-1} | x_t, x0) is what DDIM's step with eta = 1 draws from, so there is nothing else to write.
-        """
-        return self.ddim_step(x_t, t, t - 1, eps, 1.0, noise, clip)
-
-    @torch.no_grad()
-    def sample(self, model, shape, method="ddim", steps=50, eta=0.0, generator=None) -> torch.Tensor:
-        """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
-
-        method "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1,
-        whatever steps and eta say. generator: a torch.Generator on any device, for the same images again.
-        ValueError: an unknown method, or steps outside 1..T.
-        """
-        if method not in ("ddim", "ddpm"):
-            raise ValueError(f"method must be ddim or ddpm, got {method!r}")
-        if method == "ddpm":
-            steps, eta = self.timesteps, 1.0
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"sampling steps must lie in 1..{self.timesteps}, got {steps}")
-
-        def gaussian():
-            where = generator.device if generator is not None else self.betas.device
-            return torch.randn(shape, generator=generator, device=where).to(self.betas.device)
-
-        times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-        x = gaussian()
-        for t, t_prev in zip(times, times[1:] + [-1]):
-            t, t_prev = (torch.full((len(x),), s, device=x.device) for s in (t, t_prev))
-            eps = model(x, t).to(x.dtype)
-            x = self.ddim_step(x, t, t_prev, eps, eta, gaussian() if eta > 0 else None)
-        return x
-
-
-# 5 Data: one uint8 tensor [N, C, size, size] to train on, and one held out ----------------------------------
-# From here on args are the settings, a Namespace; FLAGS in section 9 lists them. First, how errors are told.
-
-
-class UserError(Exception):
-    """What the user can mend: main prints it as one line and exits with status 2."""
-
-
-def refuse(condition: object, message: str) -> None:
-    if condition:
-        raise UserError(message)
-
-
-def one_line(error: BaseException) -> str:
-    """The first sentence of what an exception says; of a traceback, that of its last line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1 if "Traceback" in str(error) else 0].split(". ")[0].strip().rstrip(":.")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    texts = "out of memory", "not enough memory", "can't allocate memory"  # torch's, on GPU and CPU
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs code
 
 
 @contextlib.contextmanager
@@ -669,20 +676,24 @@ def explained(problem):
     try:
         yield
     except Exception as error:
-        if out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # the machine's fault
-            raise
         raise UserError(f"{problem}: {one_line(error)}") from error
 
 
-def render_digits(count: int, size: int = 16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def one_line(error):
+    return str(error).strip().partition("\n")[0].rstrip(":.") or type(error).__name__
+
+
+def render_digits(count, size=16, seed=0):
     """Digits in Pillow's font at random size, place, angle: uint8 [count, 1, size, size], labels [count]."""
     rng = random.Random(seed)
     canvas = 4 * size  # drawn four times as large, so that strokes are smooth
     fonts = [ImageFont.load_default(canvas * s / 64) for s in range(50, 73, 3)]
-    images, labels = np.empty((count, 1, size, size), np.uint8), np.empty(count, np.int64)
+    images = np.empty((count, 1, size, size), np.uint8)
+    labels = np.empty(count, np.int64)
     for i in range(count):
         labels[i] = rng.randrange(10)
-        x, y = (canvas / 2 + rng.uniform(-canvas, canvas) / 20 for _ in "xy")
+        x = canvas / 2 + rng.uniform(-canvas, canvas) / 20
+        y = canvas / 2 + rng.uniform(-canvas, canvas) / 20
         image = Image.new("L", (canvas, canvas))
         ImageDraw.Draw(image).text((x, y), str(labels[i]), fill=255, font=rng.choice(fonts), anchor="mm")
         image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
@@ -690,1172 +701,1021 @@ def render_digits(count: int, size: int = 16, seed: int = 0) -> tuple[torch.Tens
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def to_rgb(image):
-    """A PIL image of any mode as RGB, upright: its first frame, 16 bits scaled to 8, alpha on white."""
-    tags = getattr(image, "tag_v2", {})  # of TIFF: bits per sample, and whether 0 is white
-    deep = image.mode.startswith(("I", "F"))  # Pillow itself would clip these to 255
-    plain = tags.get(258, (16,)) == (16,) and tags.get(262) != 0 and "transparency" not in image.info
-    refuse(deep and (image.mode == "F" or not plain), "of more than 8 bits only plain 16 bits are read")
-    image = ImageOps.exif_transpose(image)
-    if deep:
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def read_image(path, size):
+    """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped."""
+    if not path.is_file():  # reading a pipe would never end
+        raise ValueError("no file, or a link that leads nowhere")
+    with Image.open(path, formats=FORMATS) as image:
+        if image.mode.startswith(("I", "F")):  # Pillow would clip these
+            raise ValueError("more than 8 bits a channel, convert it to 8 bits")
+        with contextlib.suppress(Exception):  # a broken EXIF block: the image stays as it lies
+            image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def read_images(open_image, names, size):
-    """uint8 [N, C, size, size] of open_image(name) -> PIL image, centre-cropped; C = 1 if all are grey."""
+def find_images(folder):
+    """The image files in and below folder, sorted; links to folders are not followed.
 
-    def read(name):
-        with explained(f"{name} cannot be read as an image, mend or remove it"), open_image(name) as image:
-            return np.array(ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC))
-
-    images = torch.empty((len(names), 3, size, size), dtype=torch.uint8)
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        bar = tqdm(pool.map(read, names), "reading images", len(names), leave=False, disable=RANK > 0)
-        for i, pixels in enumerate(bar):  # an exception, as of Ctrl-C, cancels what is left to read
-            images[i] = torch.from_numpy(pixels).permute(2, 0, 1)
-    grey = all((part == part[:, :1]).all() for part in images.split(1024))
-    return images[:, :1].clone() if grey else images
-
-
-def open_file(path):
-    """Image.open of a file in one of these formats: a pipe never ends, EPS under any name runs code."""
-    refuse(not path.is_file(), "no file, or a link that leads nowhere")
-    return Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"))
+    Passed over: what is hidden, macOS's archive leftovers, and folders that hold a run of this script.
+    """
+    endings = [ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS]
+    paths = []
+    for here, below, names in os.walk(folder):
+        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
+        if {"config.json", "metrics.csv"} <= set(names):
+            below.clear()
+        else:
+            paths += [Path(here, name) for name in names if not name.startswith(".")]
+    images = [path for path in paths if path.suffix.lower() in endings]
+    if not images:
+        raise UserError(f"--data-dir {folder}: no such folder, or no {', '.join(FORMATS)} in it or below it")
+    if RANK == 0 and len(images) < len(paths):
+        print(f"{folder}: {len(paths) - len(images)} files are no {', '.join(FORMATS)} and not read")
+    return sorted(images)
 
 
 def read_folder(folder, size):
-    """Every image file below folder, in the order of their paths; a folder linked twice is read once."""
+    """uint8 [N, C, size, size] of the image files in and below folder; C = 1 if all are grey."""
+    failed = []
 
-    def fail(error):
-        raise UserError(f"--data-dir {folder}: {error}")
+    def read(path):
+        try:
+            return read_image(path, size)
+        except Exception as error:  # Pillow raises many kinds
+            failed.append(f"{path} ({one_line(error)})")
 
-    refuse(not os.path.isdir(folder), f"--data-dir {folder}: no such folder")
-    endings = ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"
-    seen, paths = set(), []
-    for here, below, files in os.walk(folder, onerror=fail, followlinks=True):
-        below.sort()
-        if (real := os.path.realpath(here)) in seen:
-            below.clear()  # a link that leads back, maybe in a circle
-            continue
-        seen.add(real)
-        paths += [Path(here, name) for name in files if name.lower().endswith(endings)]
-    refuse(not paths, f"--data-dir {folder}: no images ({' '.join(endings)}) in it or below it")
-    return read_images(open_file, sorted(paths), size)
+    paths = find_images(folder)
+    with ThreadPoolExecutor() as pool:
+        images = list(tqdm(pool.map(read, paths), "reading", len(paths), leave=False, disable=None))
+    if failed:
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        raise UserError(f"mend or remove what cannot be read as an image: {', '.join(failed[:5])}{more}")
+    images = torch.stack(images)
+    grey = torch.equal(images[:, :1].expand_as(images), images)
+    return images[:, :1].clone() if grey else images
 
 
-def load_dataset(name: str, data_dir: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_dataset(name, data_dir, size):
     """(train, held_out), both uint8 [N, C, size, size], on the CPU.
 
-    Held out: the test split where there is one, else the last 5% (at least 256) of a fixed shuffle, so that a
-    folder sorted by class is held out evenly. digits are the same for every --seed: runs can be compared.
+    Held out: the test split where there is one, else the last 5% (1 to 2,500) of a fixed shuffle, so that a
+    folder sorted by class is held out evenly. The digits are the same for every --seed.
     """
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
-        count, held_out = len(images), max(256, len(images) // 20)
-        refuse(count <= held_out, f"--data-dir {data_dir}: {count} images, 256 of them held out, are too few")
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        held_out = min(max(1, len(images) // 20), 2500)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order[:-held_out]], images[order[-held_out:]]
-    from torchvision import datasets  # as slow to import as torch: a wrong flag should be known at once
+    from torchvision import datasets, transforms  # as slow to import as torch: a wrong flag is known sooner
 
-    kinds = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
-    problem = f"{name} is not in {data_dir} and could not be downloaded; put its files there as torchvision"
-    with explained(f"{problem} expects them, or use --dataset folder or digits"):
-        if name == "celeba":
-            parts = [datasets.CelebA(data_dir, split=split, download=True) for split in ("train", "test")]
-        else:
-            parts = [kinds[name](data_dir, train=train, download=True) for train in (True, False)]
-    train, held_out = (read_images(lambda i, part=part: part[i][0], range(len(part)), size) for part in parts)
-    return train, held_out
+    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[
+        name
+    ]
+    problem = (
+        f"{name} is not in {data_dir} and cannot be downloaded; put its files there, or use --dataset folder"
+    )
+    with explained(problem):
+        parts = [torch.as_tensor(kind(data_dir, train, download=True).data) for train in (True, False)]
+    parts = [part.view(*part.shape[:3], -1).permute(0, 3, 1, 2) for part in parts]  # grey ones are [N, H, W]
+    return tuple(transforms.functional.resize(part, [size, size]) for part in parts)
 
 
-def to_float(images: torch.Tensor) -> torch.Tensor:
+def to_float(images):
     """uint8 0..255 -> float32 in [-1, 1], channels_last."""
     return (images.float() / 127.5 - 1).to(memory_format=torch.channels_last)
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """float in [-1, 1] -> uint8 0..255, on the CPU. UserError: not finite."""
-    refuse(not images.isfinite().all(), "the samples are not finite: the training of this model diverged")
-    return (images.cpu() * 127.5 + 127.5).round().clamp(0, 255).byte()
-
-
-# 6 Evaluation -----------------------------------------------------------------------------------------------
+# 5 Evaluation -----------------------------------------------------------------------------------------------
+# Two yardsticks. The bound says how well the model predicts noise, counted as likelihood counts it. The Frechet
+# distance says how far its samples are from the data. A method may win by one and lose by the other.
 
 
 @torch.no_grad()
-def evaluate(model, diffusion, images: torch.Tensor, count: int = 1024) -> tuple[float, float]:
-    """(val_mse, val_vlb) of model on held-out uint8 images, with evenly spaced t and fixed noise.
+def evaluate(model, diffusion, images, count=1024):
+    """(val_mse, val_vlb) of model(x_t, t) -> eps on uint8 images [N, C, H, W], with fixed t and noise.
 
-    val_mse: epsilon-MSE, mean over t. val_vlb: sum over t of vlb_coefficients[t] times the MSE at t, in bits
-    per dimension: the part of the variational bound that depends on the model, without its constants.
+    val_mse: the epsilon-MSE, mean over t, from count / 2 evenly spaced t.
+    val_vlb: the sum over t of vlb_coefficients[t] times the MSE at t, in bits per dimension: the part of the
+    bound that depends on the model. By importance sampling: the other count / 2 timesteps lie as dense as these
+    coefficients are large, so the sum is their mean MSE times the sum of the coefficients. On the cosine
+    schedule nearly all of it is the last timestep, whose beta is capped.
     """
-    device, generator, errors = images.device, torch.Generator().manual_seed(0), []
-    which = torch.arange(count, device=device) % len(images)
-    times = torch.linspace(0, diffusion.timesteps - 1, count, dtype=torch.float64).round().long().to(device)
-    for i, t in zip(which.split(128), times.split(128)):
+    quantiles = (torch.arange(count // 2, dtype=torch.float64) + 0.5) / (count // 2)
+    coefficients = diffusion.vlb_coefficients.cpu().double()
+    even = (quantiles * diffusion.timesteps).long()
+    dense = torch.searchsorted(coefficients.cumsum(0) / coefficients.sum(), quantiles)
+    times = torch.cat([even, dense]).to(images.device)
+    numbers = torch.arange(len(times), device=images.device) % len(images)
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for i, t in zip(numbers.split(128), times.split(128)):
         x0 = to_float(images[i])
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         eps = model(diffusion.q_sample(x0, t, noise), t).float()
         errors.append((eps - noise).square().flatten(1).mean(1))
-    mse = torch.cat(errors)
-    return mse.mean().item(), diffusion.timesteps * (mse * diffusion.vlb_coefficients[times]).mean().item()
+    val_mse, mean_mse = torch.cat(errors).view(2, -1).mean(1).tolist()
+    return val_mse, mean_mse * coefficients.sum().item()
 
 
-def draw_samples(model, diffusion, count, shape, args, seed, title, batch_size=256):
-    """Yields count images (C, H, W) in [-1, 1], in batches; fixed by args, seed, count and batch_size."""
-    how = args.method, args.sampling_steps, args.eta, torch.Generator().manual_seed(seed)
-    batch = math.ceil(count / math.ceil(count / batch_size))  # all alike: a model is compiled for one size
-    with tqdm(total=count, unit="img", desc=title, leave=False) as bar:
-        while bar.n < count:
-            yield diffusion.sample(model, (batch, *shape), *how)[: count - bar.n]
-            bar.update(min(batch, count - bar.n))
+def draw_samples(model, diffusion, args, channels, count, seed=0):
+    """uint8 [count, C, H, W] on the CPU, the same for the same seed. FloatingPointError: not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for part in tqdm(torch.arange(count).split(256), "sampling", leave=False, disable=None):
+        shape = (len(part), channels, args.image_size, args.image_size)
+        images.append(diffusion.sample(model, shape, args.method, args.sampling_steps, args.eta, generator))
+    images = torch.cat(images).cpu()
+    if not images.isfinite().all():
+        raise FloatingPointError("the samples are not finite: the training of this model diverged")
+    return (images * 127.5 + 127.5).round().byte()
 
 
-def save_pngs(images, folder, first=0):
-    """uint8 [N, C, H, W] as 000000.png, 000001.png ..., numbered from first."""
-    from torchvision.transforms.functional import to_pil_image
+def save_grid(images, path):
+    """The first 64 of uint8 images [N, C, H, W] as one PNG, eight in a row, small ones enlarged."""
+    from torchvision.utils import save_image
 
-    for number, image in enumerate(images, first):
-        to_pil_image(image).save(Path(folder, f"{number:06d}.png"))
+    save_image(
+        F.interpolate(images[:64] / 255, scale_factor=max(1, 64 // images.shape[-1])), path, pad_value=0.5
+    )
+
+
+def digit_features():
+    """A function: float images [N, 3, H, W] in 0..255 -> [N, 64], the strokes a classifier of digits looks for.
+
+    The classifier is trained here, on rendered digits, in about ten seconds: a measure without a download.
+    """
+    images, labels = render_digits(10_240, 16, seed=1)
+    x = to_float(images)
+    torch.manual_seed(0)
+    strokes = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    strokes += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+    head = [nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3)]
+    head += [nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)]
+    classifier = nn.Sequential(*strokes, *head)
+    optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
+    for _ in range(5):
+        for batch in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(x[batch]), labels[batch]).backward()
+            optimizer.step()
+
+    def features(images):
+        grey = F.interpolate(images.mean(1, keepdim=True), (16, 16), mode="area")
+        return classifier[: len(strokes)](grey.cpu() / 127.5 - 1).amax((2, 3))
+
+    return features
+
+
+def inception_features(device):
+    """The same by InceptionV3, [N, 2048], as clean-fid has it: its resizing of PNG files makes FIDs comparable."""
+    from cleanfid.features import build_feature_extractor
+    from cleanfid.fid import get_folder_features
+    from torchvision.utils import save_image
+
+    model = build_feature_extractor("clean", device, use_dataparallel=False)
+
+    def features(images):
+        with tempfile.TemporaryDirectory() as folder:
+            for i, image in enumerate(images):
+                save_image(image / 255, f"{folder}/{i:06d}.png")
+            found = get_folder_features(folder, model, num_workers=0, device=device, verbose=False)
+        return torch.as_tensor(found)
+
+    return features
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of two Gaussians; float64 [D], [D, D]."""
+    roots = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots).item()
 
 
 class FrechetDistance:
-    """FID by clean-fid: how far the features of samples are from those of the training images, as Gaussians.
+    """How far the features of images are from those of the training images, both taken as Gaussians.
 
-    features: None for InceptionV3, or a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D] at
-    the images' own size; that figure is not FID, and `name` says so. TorchScript runs code: open your own
-    files.
-    reference: (mu [D], sigma [D, D]) of the training images: from the file `saved` where it exists; else for
-    published_cifar10 with InceptionV3 those of clean-fid; else measured from images, uint8 [N, C, H, W].
-    Opens and tries all of it at once. UserError: what cannot be had, and what to do.
+    features: "digits" for digit_features; a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D],
+    which runs code: open your own files; None for clean-fid's InceptionV3, and only that is FID.
+    images: uint8 [N, C, H, W], to train on. published_cifar10: with InceptionV3, clean-fid's own statistics of
+    CIFAR-10 take their place. UserError: what cannot be had, and what to do.
     """
 
-    def __init__(self, features, device, images, published_cifar10=False, saved=None):
+    def __init__(self, features, device, images, published_cifar10=False):
         self.name = f"FD ({Path(features).name})" if features else "FID"
-        self.device, self.resize = torch.device(device), np.asarray if features else None  # their own size
-        with explained("--fid-samples needs clean-fid, pip install clean-fid 'scipy<1.18'"):
-            from cleanfid import features as inception
-            from cleanfid import fid
-
-            fid.frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.eye(2))  # fails with SciPy 1.18
-        self.clean_fid = fid
-        problem = "InceptionV3 or its reference cannot be had; give --fid-features FILE, or, if a download"
-        problem += " broke off, delete inception-2015-12-05.pt"
-        if features:
-            problem = f"--fid-features {features} must map images in 0..255, float [N, 3, H, W], to [N, D]"
-        with explained(problem), contextlib.ExitStack() as stack:
-            stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
-            socket.setdefaulttimeout(20)  # a machine that is cut off should say so soon
-            if features:
-                warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # it is to be replaced
-                self.features = torch.jit.load(features, self.device).eval()
+        self.device = device
+        problem = (
+            f"--fid-features {features} must be TorchScript, float images [N, 3, H, W] in 0..255 -> [N, D]"
+        )
+        if features is None:
+            problem = "FID needs clean-fid and what it downloads, or give --fid-features"
+        with explained(problem):
+            if features == "digits":
+                self.features = digit_features()
+            elif features:
+                self.features = torch.jit.load(features, device).eval()
             else:
-                self.features = inception.build_feature_extractor("clean", self.device, False)
-            self.measure([images[:2]])  # before what may take long
-            if saved and saved.is_file():
-                with np.load(saved) as file:
-                    self.reference = file["mu"], file["sigma"]
-            elif published_cifar10 and not features:
-                self.reference = inception.get_reference_statistics("cifar10", 32, split="train")
+                self.features = inception_features(device)
+            self.statistics(images[:2])  # a trial, before what may take long
+            if features is None and published_cifar10:
+                from cleanfid.features import get_reference_statistics
+
+                mean, cov = get_reference_statistics("cifar10", 32, split="train")
+                self.reference = (torch.as_tensor(mean), torch.as_tensor(cov))
             else:
-                self.reference = self.measure([images])
+                self.reference = self.statistics(images)
 
-    def measure(self, batches):
-        """(mu [D], sigma [D, D]) of the features of batches of uint8 [N, C, H, W]; grey ones become RGB."""
-        # clean-fid's data set cannot be sent to workers that do not fork
-        workers = len(os.sched_getaffinity(0)) if multiprocessing.get_start_method() == "fork" else 0
-        options = {"num_workers": workers, "device": self.device, "batch_size": 32, "verbose": False}
-        options |= {"custom_fn_resize": self.resize}
-        with tempfile.TemporaryDirectory() as folder:
-            count = 0
-            for images in batches:
-                save_pngs(images, folder, count)
-                count += len(images)
-            found = self.clean_fid.get_folder_features(folder, self.features, **options)
-        if found.ndim != 2 or len(found) != count or not np.isfinite(found).all():
-            raise ValueError(f"features of {count} images have shape {list(found.shape)} or are not finite")
-        return found.mean(0), np.cov(found, rowvar=False)
+    @torch.no_grad()
+    def statistics(self, images):
+        """(mean [D], covariance [D, D]) of the features of uint8 images [N, C, H, W]; grey ones become RGB."""
+        parts = [
+            self.features(part.expand(-1, 3, -1, -1).float().to(self.device)) for part in images.split(256)
+        ]
+        found = torch.cat(parts).cpu().double()
+        if found.dim() != 2 or len(found) != len(images) or not found.isfinite().all():
+            raise ValueError(f"{len(images)} images give {list(found.shape)}, or what is not finite")
+        return found.mean(0), found.T.cov()
 
-    def __call__(self, batches) -> float:
-        """The distance of batches of uint8 images to the reference."""
-        return float(self.clean_fid.frechet_distance(*self.measure(batches), *self.reference))
+    def __call__(self, images):
+        """The distance of uint8 images [N, C, H, W] to the training images."""
+        return frechet_distance(*self.statistics(images), *self.reference)
 
 
-def write_whole(path: Path, write) -> None:
-    """write(temporary path), then rename: path holds the old content or the new, never a half. OSError."""
-    temporary = path.with_name("new-" + path.name)
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # so that this holds when the power fails, too
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
-        problem = f"{path} could not be written and is as it was ({one_line(error)})"
-        raise OSError(f"{problem}: is the disk full?") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_grid(images: torch.Tensor, path: Path) -> None:
-    """A PNG of at most 64 images in [-1, 1], eight in a row, small ones enlarged."""
-    from torchvision.utils import save_image
-
-    images = F.interpolate(images[:64].float().cpu(), scale_factor=max(1, 64 // images.shape[-1]))
-    options = {"nrow": 8, "normalize": True, "value_range": (-1, 1), "pad_value": 0.5}
-    write_whole(path, functools.partial(save_image, images, **options))
-
-
-def save_timesteps(drawn: torch.Tensor, path: Path) -> None:
-    """A heat map of drawn [columns, T], how often each t was drawn, column by column as training went on."""
-    density = F.adaptive_avg_pool1d(drawn.float().cpu(), min(50, drawn.shape[1]))
-    density = (density / density.mean(1, keepdim=True).clamp(min=1e-9)).clamp(max=4).T.flip(0)
-    pixels = Image.fromarray((255 - 255 / 4 * density).byte().numpy())
-    picture = Image.new("L", (700, 400), 255)
-    picture.paste(pixels.resize((660, 340), Image.Resampling.NEAREST), (20, 20))
-    text = "t (upwards) drawn as training went on: white never, black 4 times as often as uniform"
-    ImageDraw.Draw(picture).text((20, 370), text, 0, ImageFont.load_default(16))
-    write_whole(path, picture.save)
-
-
-# 7 Training -------------------------------------------------------------------------------------------------
+# 6 Training -------------------------------------------------------------------------------------------------
+# The loop is flat: see what is due, save, measure, take a step. All randomness of a step follows from the seed
+# and the step, so a resumed run draws what the unbroken one would have drawn.
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
 PATIENCE = 10  # so many losses in a row that are not finite end a run
-MIN_SCALE = 1e-4  # of fp16, as fairseq: gradients that overflow even so are broken
-COLUMNS = 50  # of timesteps.png
-COMPILE_FROM = 5_000  # steps, or calls of the sampling: compiling takes a minute or two. An estimate
-STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
-WEIGHTINGS = ("auto", "none", "change-aware", "min-snr", "p2")
+COMPILE_FROM = 5_000  # steps: compiling takes a minute or two (an estimate)
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 
 
-def build_unet(args, channels: int) -> UNet:
-    names = "width", "mults", "num_blocks", "attention", "dropout", "image_size", "patch"
-    return UNet(channels, **{name: getattr(args, name) for name in names})
+def build_unet(args, channels):
+    shape = (
+        args.width,
+        args.mults,
+        args.num_blocks,
+        args.attention,
+        args.dropout,
+        args.image_size,
+        args.patch,
+    )
+    return UNet(channels, *shape)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: what it gives back costs a page fault per 4 KiB when it is used again."""
-    with contextlib.suppress(AttributeError, TypeError):  # not on macOS, musl or Windows
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks lie on the heap, too,
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
+def build_strategy(args, ab, channels):
+    """(the timestep sampler, the raw loss weights [T]) of these settings, for alphas_cumprod ab [T]."""
+    T = len(ab)
+    tau = None
+    speed = SpeeDSampler(ab, args.speed_k, args.speed_tau)
+    if args.speed_variant == "code":
+        tau = speed.tau
+        speed = SpeeDSampler(ab, args.speed_k, tau, SpeeDSampler.mirror_step(ab))
+    weights = torch.ones_like(ab)
+    if args.weighting == "change-aware" or (args.weighting == "auto" and args.strategy == "speed"):
+        weights = change_aware_weights(ab, args.speed_lam, tau)
+    if args.weighting == "min-snr":
+        weights = min_snr_weights(ab)
+    if args.strategy == "speed":
+        return speed, weights
+    if args.strategy == "logit-normal":
+        return LogitNormalSampler(T), weights
+    if args.strategy == "curriculum":
+        return CurriculumSampler(T, args.steps, args.curriculum_mu, args.curriculum_sigma), weights
+    if args.strategy == "adaptive":
+        options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy}
+        if args.adaptive_authors:
+            options = AdaptiveSampler.AUTHORS
+        return AdaptiveSampler(
+            ab, channels, weights if args.adaptive_reward == "loss" else None, **options
+        ), weights
+    return UniformSampler(T), weights
 
 
-def build_model(args, channels: int) -> tuple[nn.Module, GaussianDiffusion]:
-    if args.device == "cpu":
-        keep_freed_memory()
-    model = build_unet(args, channels).to(args.device).to(memory_format=torch.channels_last)
-    return model, GaussianDiffusion(args.schedule, args.timesteps, args.device)
-
-
-def build_strategy(args, ab: torch.Tensor, channels: int):
-    """The timestep sampler and the raw loss weights [T] of these settings."""
-    T, prefix, given = len(ab), "adaptive_", vars(args).items()
-    adaptive = {name.removeprefix(prefix): value for name, value in given if name.startswith(prefix)}
-    samplers = {
-        "uniform": lambda: UniformSampler(T),
-        "logit-normal": lambda: LogitNormalSampler(T),
-        "speed": lambda: SpeeDSampler(ab, args.speed_k, args.speed_tau),
-        "curriculum": lambda: CurriculumSampler(T, args.steps, args.curriculum_mu, args.curriculum_sigma),
-        "adaptive": lambda: AdaptiveSampler(ab, channels, **adaptive),
-    }
-    weights = {
-        "none": lambda: torch.ones_like(ab),
-        "change-aware": lambda: change_aware_weights(ab, args.speed_lam),
-        "min-snr": lambda: min_snr_weights(ab),
-        "p2": lambda: p2_weights(ab),
-    }
-    auto = "change-aware" if args.strategy == "speed" else "none"
-    return samplers[args.strategy](), weights[auto if args.weighting == "auto" else args.weighting]()
-
-
-def make_autocast(args):
-    """(a function that makes the autocast context, whether its fp16 needs loss scaling)."""
-    device, amp = torch.device(args.device), args.amp
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)  # auto: none on a CPU, few gain by it
-    return functools.partial(torch.autocast, device.type, dtype, enabled=bool(dtype)), amp == "fp16"
-
-
-def compile_in_place(args, calls, *models):
-    """torch.compile of the models, by --compile; with auto one that cannot be compiled runs uncompiled."""
-    if args.compile == "off" or (args.compile == "auto" and (args.device == "cpu" or calls < COMPILE_FROM)):
-        return
-    config = torch._dynamo.config
-    config.suppress_errors = args.compile == "auto"
-    config.optimize_ddp = False  # it would cut the model into pieces
-    config.recompile_limit = 16  # one graph for each size of a batch: training, probes, samples, measurements
-    for model in models:
-        model.compile(dynamic=False)
-
-
-def join_processes() -> None:
-    """Join the processes that torchrun started. Where one ends, what the others wait for fails."""
-    if TORCHRUN:
-        # NCCL between GPUs; gloo for what is on the CPU, such as waiting, maybe hours, while rank 0 measures.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(days=1))
-
-
-def to_device(tensor, device):
-    """The tensor on device: from the host to a GPU through pinned memory, and nothing waits for it."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def make_autocast(amp, device):
+    """--amp as a context; auto: bf16 on a CUDA GPU, else off."""
+    enabled = amp in ("bf16", "fp16") or (amp == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled)
 
 
 class Training:
     """A run: all that its checkpoint holds, and one step. All of it is the same in every process.
 
-    All randomness of a step follows from the seed and the step, so a checkpoint needs no generator: a resumed
-    run draws what the unbroken one would. Every strategy sees the same images, flips and noise: they are
-    drawn first. Of several processes each takes its share of the batch, with noise, timesteps and dropout of
-    its own.
+    Every strategy sees the same images, flips and noise under one seed: they are drawn first. Of several
+    processes each takes its share of the batch, with noise, timesteps and dropout of its own.
+    images: uint8 [N, C, H, W]; they are moved to device as a whole.
     """
 
-    def __init__(self, args, images: torch.Tensor):
-        """images: uint8 [N, C, H, W] on the CPU. They move to a GPU unless they take over a quarter of it."""
-        self.args, self.device = args, (device := torch.device(args.device))
-        self.order = torch.empty(0)  # of this epoch's images, drawn when it is needed
-        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-        self.images = images if gpu and images.numel() > gpu.total_memory / 4 else images.to(device)
-        self.autocast, self.fp16 = make_autocast(args)
+    def __init__(self, args, images, device):
+        self.args = args
+        self.device = device
+        self.images = images.to(device)
+        self.autocast = make_autocast(args.amp, device)
         torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
-        self.model, self.diffusion = build_model(args, images.shape[1])
-        self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, images.shape[1])
+        channels = images.shape[1]
+        self.model = build_unet(args, channels).to(device).to(memory_format=torch.channels_last)
+        self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
+        self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, channels)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        compile_in_place(args, args.steps, self.model, self.ema)
+        worth_it = device.type == "cuda" and args.steps >= COMPILE_FROM
+        if args.compile == "on" or (args.compile == "auto" and worth_it):
+            self.model.compile()
+            self.ema.compile()
         # DDP averages the gradients of what passes through it; all else calls the bare model.
-        self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if TORCHRUN else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-        # Off fp16 its scale stays 1: there it only skips the updates that are not finite, on the device.
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=65_536.0 if self.fp16 else 1.0)
-        self.step, self.seconds = 0, 0.0
-        self.drawn = torch.zeros(COLUMNS, args.timesteps, dtype=torch.int32, device=device)
-        # A ring: the losses since the last look, at most LOG_EVERY, and the PATIENCE before them.
-        self.losses = torch.zeros(LOG_EVERY + PATIENCE, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.parts: dict = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        self.parts |= {"sampler": self.sampler} if args.strategy == "adaptive" else {}
-        self.parts |= {"scaler": self.scaler} if self.fp16 else {}
+        self.ddp_model = self.model
+        if WORLD_SIZE > 1:
+            self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), weight_decay=0.0, fused=device.type != "mps"
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        self.parts = {
+            "model": self.model,
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
+        if args.strategy == "adaptive":
+            self.parts["sampler"] = self.sampler
+        self.step = 0
+        self.seconds = 0.0  # of training alone
+        self.rows = []  # of metrics.csv
+        self.probs = {}  # P(t) at each evaluation, by step, for the report
+        self.losses = []  # since the last row, on the device
+        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.order = None  # of this epoch's images, drawn when it is needed
 
-    def state_dict(self) -> dict:
-        state = {"args": vars(self.args), "channels": self.images.shape[1]}
-        state |= {name: getattr(self, name) for name in ("step", "seconds", "drawn", "losses", "skipped")}
-        return state | {name: part.state_dict() for name, part in self.parts.items()}
+    def state_dict(self):
+        plain = {
+            name: getattr(self, name)
+            for name in ("step", "seconds", "rows", "probs", "losses", "bad_in_a_row")
+        }
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return plain | parts | {"args": settings_of(self.args), "channels": self.images.shape[1]}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.step, self.seconds = state["step"], state["seconds"]
-        for name in ("drawn", "losses", "skipped"):
-            getattr(self, name).copy_(state[name])
+    def load_state_dict(self, state):
+        for name in ("step", "seconds", "rows", "probs"):
+            setattr(self, name, state[name])
+        self.losses = [loss.to(self.device) for loss in state["losses"]]
+        self.bad_in_a_row = state["bad_in_a_row"].to(self.device)
         for name, part in self.parts.items():
-            if name in state or name != "scaler":  # a run that becomes fp16 has none
+            if state[name]:  # the scaler's is empty unless the run was fp16
                 part.load_state_dict(state[name])
 
-    def batch(self) -> torch.Tensor:
+    def batch(self):
         """The next images, float [B, C, H, W]: each epoch in its own order, less an incomplete last batch."""
         args = self.args
         epoch, batch = divmod(self.step, len(self.images) // args.batch_size)
-        if batch == 0 or not len(self.order):
+        if batch == 0 or self.order is None:
             shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            self.order = to_device(torch.randperm(len(self.images), generator=shuffle), self.images.device)
-        share = args.batch_size // PROCESSES
+            self.order = torch.randperm(len(self.images), generator=shuffle).to(self.device)
+        share = args.batch_size // WORLD_SIZE
         first = batch * args.batch_size + RANK * share
-        x0 = to_float(to_device(self.images[self.order[first : first + share]], self.device))
+        x0 = to_float(self.images[self.order[first : first + share]])
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=self.device) < 0.5, x0.flip(-1), x0)
         return x0
 
-    def train_step(self) -> None:
-        """One update, from the images of this step to the average and the tallies. Never waits for a GPU."""
-        args, step, model, sampler = self.args, self.step, self.model, self.sampler
-        adaptive = args.strategy == "adaptive"
+    def train_step(self):
+        """One update, from the images of this step to the weight average. Never waits for a GPU."""
+        args = self.args
         # A CPU's generator keeps 32 bits of a seed; an odd factor, 2^32 / 1.618, spreads the ranks over them.
-        seed = args.seed * 1_000_003 + RANK * 2_654_435_769
-        torch.manual_seed(seed + 2 * step)
+        seed = args.seed * 1_000_003 + RANK * 2_654_435_769 + 2 * self.step
+        torch.manual_seed(seed)
         x0 = self.batch()
         noise = torch.randn_like(x0)
-        t = sampler.sample(x0, step)
+        t = self.sampler.sample(x0, self.step)
 
-        torch.manual_seed(seed + 2 * step + 1)  # for dropout and probes, whatever the sampler drew
-        with self.autocast():
+        torch.manual_seed(seed + 1)  # for dropout and probes, whatever the sampler drew
+        with self.autocast:
             eps = self.ddp_model(self.diffusion.q_sample(x0, t, noise), t)
         mse = (eps.float() - noise).square().flatten(1).mean(1)
-        loss = (normalize_weights(self.raw_weights, sampler.probs)[t] * mse).mean()
+        loss = (normalize_weights(self.raw_weights, self.sampler.probs)[t] * mse).mean()
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        loss = average_over_processes(loss.detach().clone())
+        finite = loss.isfinite()
+        if not self.scaler.is_enabled():  # fp16's scaler skips updates that overflow, as some always do
+            finite = finite & norm.isfinite()
+            for p in self.model.parameters():
+                torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
+        self.bad_in_a_row = torch.where(finite, 0, self.bad_in_a_row + 1)
+        self.losses.append(loss)
 
-        beta1, lr_scale = momentum_decay(step / args.steps if args.momentum_decay else 0.0, args.beta1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * lr_scale * min(1.0, (step + 1) / args.warmup)
-            group["betas"] = beta1, 0.999
-        if adaptive:
-            with self.autocast():
-                sampler.before_update(model, step)
+        lr = args.lr * min(1.0, (self.step + 1) / args.warmup)
+        beta1 = args.beta1
+        if args.momentum_decay:
+            beta1, lr_scale = momentum_decay(self.step / args.steps, beta1)
+            lr = lr * lr_scale
+        self.optimizer.param_groups[0].update(lr=lr, betas=(beta1, 0.999))
+        if args.strategy == "adaptive":
+            self.sampler.before_update(self.model, self.step)
         self.scaler.step(self.optimizer)
-        self.scaler.update(None if self.fp16 else 1.0)
-        if adaptive:
-            with self.autocast():
-                sampler.after_update(model)
+        self.scaler.update()
+        if args.strategy == "adaptive":
+            self.sampler.after_update(self.model)
         # The average forgets the random start: its decay grows to the final value over the first steps.
-        average = get_ema_multi_avg_fn(min(args.ema_decay, (1 + step) / (10 + step)))
-        average(list(self.ema.parameters()), list(model.parameters()), None)
-
-        # How often each t was drawn, and the loss: over all processes.
-        tally = torch.zeros(args.timesteps + 1, device=self.device)
-        tally.scatter_add_(0, t, torch.full(t.shape, float(PROCESSES), device=self.device))
-        # A gradient that is not finite counts as such a loss, but with fp16, where it only lowers the scale.
-        tally[-1] = loss.detach() + (0.0 if self.fp16 else 0 * norm)
-        average_over_processes(tally)
-        self.drawn[step * COLUMNS // args.steps] += tally[:-1].round().int()
-        self.losses[step % len(self.losses)] = tally[-1]
-        self.skipped += ~tally[-1].isfinite()
+        average = get_ema_multi_avg_fn(min(args.ema_decay, (1 + self.step) / (10 + self.step)))
+        average(list(self.ema.parameters()), list(self.model.parameters()), None)
         self.step += 1
 
-    def losses_since(self, logged: int) -> tuple[float, bool]:
-        """(mean of the finite losses since that step, whether the last one is finite). Waits for the device.
-
-        FloatingPointError after PATIENCE losses in a row that are not finite, or at a scale below MIN_SCALE.
-        """
-        kept, recent, in_a_row = self.losses.tolist(), [], 0
-        for step in range(max(0, self.step - len(kept)), self.step):
-            loss = kept[step % len(kept)]
-            in_a_row = 0 if math.isfinite(loss) else in_a_row + 1
-            if in_a_row == PATIENCE:
-                problem = f"step {step + 1}: {PATIENCE} losses or gradients in a row were not finite"
-                advice = "--amp bf16 or off, fp16 overflows" if self.fp16 else "a lower --lr, it diverges"
-                raise FloatingPointError(f"{problem}: --resume the run with {advice}")
-            if step >= logged and not in_a_row:
-                recent.append(loss)
-        if self.fp16 and (scale := self.scaler.get_scale()) < MIN_SCALE:
-            problem = f"step {self.step}: gradients overflow fp16, its loss scale fell to {scale:.1g}"
-            raise FloatingPointError(f"{problem}: --resume the run with --amp bf16 or off")
-        return statistics.fmean(recent) if recent else math.nan, not in_a_row
-
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def predict(self, x_t, t):
         """The EMA model's epsilon."""
-        with self.autocast():
+        with self.autocast:
             return self.ema(x_t, t)
 
+    def measure(self, folder, held_out, distance):
+        """Add a row to metrics.csv, with the EMA model's figures where held_out or distance are given."""
+        args = self.args
+        losses = [loss for loss in torch.stack(self.losses).tolist() if math.isfinite(loss)]
+        row = dict.fromkeys(METRICS)
+        row.update(step=self.step, images=self.step * args.batch_size, seconds=self.seconds)
+        row.update(loss=sum(losses) / max(1, len(losses)), lr=self.optimizer.param_groups[0]["lr"])
+        row.update(beta1=self.optimizer.param_groups[0]["betas"][0])
+        drawn_by = (self.predict, self.diffusion, args, self.images.shape[1])
+        text = f"step {self.step}: loss {row['loss']:.4f}"
+        if held_out is not None:
+            row["val_mse"], row["val_vlb"] = evaluate(self.predict, self.diffusion, held_out)
+            save_grid(draw_samples(*drawn_by, 64), folder / f"samples-{self.step}.png")
+            text += f", val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
+        if distance is not None:
+            row["fid"] = distance(draw_samples(*drawn_by, args.fid_samples))
+            text += f", {distance.name} {row['fid']:.4g}"
+        self.rows.append(row)
+        write_rows(self.rows, folder)
+        if held_out is not None or distance is not None:
+            first = self.rows[0]  # counted from there, as the steps before it may compile
+            pace = (row["images"] - first["images"]) / (row["seconds"] - first["seconds"] or math.inf)
+            tqdm.write(f"{text}, {pace:.4g} images/s")
 
-@contextlib.contextmanager
-def deferred_signals():
-    """Meanwhile SIGINT and SIGTERM only set `received`, so that a step can be finished.
 
-    While `at_once` is set (measuring, with the checkpoint written) they interrupt, saying what is `kept`; a
-    second one ends the process in any case.
-    """
-    signals = argparse.Namespace(received=0, at_once=False, kept="")
+def write_rows(rows, folder):
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, METRICS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
-    def receive(number, frame):
-        signals.received = number
-        for either in before:
-            signal.signal(either, signal.SIG_DFL)
-        if signals.at_once:
-            raise KeyboardInterrupt(number, signals.kept)
 
-    both = signal.SIGINT, signal.SIGTERM
-    heard = [number for number in both if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
-    before = {number: signal.signal(number, receive) for number in heard}
+def save_checkpoint(run, path):
+    """Write and then rename, so that path holds the old checkpoint or the new one, never a half. OSError."""
+    temporary = path.with_name("new-" + path.name)
     try:
-        yield signals
-    except RuntimeError as error:  # the first process that a signal ends breaks what the others wait for
-        if signals.received and PROCESSES > 1:
-            raise KeyboardInterrupt(signals.received, signals.kept) from error
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def loop(run, folder, rows, held_out, distance):
-    """Train to the end. Rank 0 writes checkpoints, rows and pictures when due, while the others wait."""
-    args, saved, clock = run.args, run.step or None, time.perf_counter()  # saved: the step of checkpoint.pt
-    logged = int(rows[-1]["step"]) if rows else 0
-    options = {"initial": run.step, "unit": "img", "unit_scale": args.batch_size, "disable": RANK > 0}
-    with deferred_signals() as signals, tqdm(desc=args.strategy, total=args.steps, **options) as bar:
-        while True:
-            step, last, stop = run.step, run.step == args.steps, torch.tensor(int(signals.received))
-            if TORCHRUN:  # a signal to one process stops all
-                distributed.all_reduce(stop, distributed.ReduceOp.MAX)
-            evaluates = last or step % args.eval_every == 0
-            compares = args.fid_samples and (last or step % (args.fid_every or args.steps) == 0)
-            logs = evaluates or compares or step % LOG_EVERY == 0
-            saves = evaluates or compares or step % args.checkpoint_every == 0 or stop
-            if logs or saves:
-                mean_loss, healthy = run.losses_since(logged)
-                run.seconds += time.perf_counter() - clock  # of training alone
-                # The checkpoint comes before what takes long, and a resumed run measures what its metrics.csv
-                # lacks: nothing is lost wherever a run ends. While losses are not finite the last one stays.
-                if saves and healthy and step != saved:
-                    if RANK == 0:
-                        write_whole(folder / "checkpoint.pt", functools.partial(torch.save, run.state_dict()))
-                    saved = step
-                signals.kept = f" with the checkpoint of step {saved}: --resume {shlex.quote(str(folder))}"
-                if stop:
-                    raise KeyboardInterrupt(stop.item(), signals.kept)
-                if RANK == 0 and logs and step > logged:
-                    signals.at_once = saved == step or not healthy
-                    if signals.received and signals.at_once:  # while the checkpoint was written
-                        raise KeyboardInterrupt(signals.received, signals.kept)
-                    due = held_out if evaluates else None, distance if compares else None
-                    rows.append(measure(run, folder, mean_loss, *due, signals))
-                    with open(folder / "metrics.csv", "a") as file:
-                        file.write(",".join(rows[-1].get(name, "") for name in METRICS) + "\n")
-                    bar.set_postfix(loss=f"{mean_loss:.4f}")
-                    signals.at_once = False
-                logged, clock = step if logs else logged, time.perf_counter()
-            if last:
-                return
-            run.train_step()
-            bar.update()
-
-
-def measure(run, folder, mean_loss, held_out, distance, signals):
-    """A row of metrics.csv: with held_out the EMA model's figures and new pictures, with distance its FID."""
-    args, group = run.args, run.optimizer.param_groups[0]
-    values = run.step, run.step * args.batch_size, run.seconds, mean_loss, group["lr"], group["betas"][0]
-    row = dict(zip(METRICS, values))
-    options = {"shape": run.images.shape[1:], "args": args, "seed": 0}
-    draw = functools.partial(draw_samples, run.predict, run.diffusion, **options)
-    if held_out is not None:
-        row["val_mse"], row["val_vlb"] = evaluate(run.predict, run.diffusion, held_out)
-        save_grid(torch.cat(list(draw(64, title="samples"))), folder / "samples.png")
-        save_timesteps(run.drawn, folder / "timesteps.png")
-    if distance:
-        try:
-            row["fid"] = distance(map(to_uint8, draw(args.fid_samples, title=distance.name)))
-        except Exception as error:  # whatever it is costs the figure, not the run
-            if signals.received:  # which may have taken clean-fid's workers with it
-                raise KeyboardInterrupt(signals.received, signals.kept) from error
-            tqdm.write(f"{distance.name} could not be measured at step {run.step}: {one_line(error)}")
-    return {name: f"{value:.6g}" if isinstance(value, float) else str(value) for name, value in row.items()}
-
-
-def read_rows(path):
-    """The rows of a metrics.csv, all text, without a last one that was cut off."""
-    return list(csv.DictReader(line for line in path.read_text().splitlines(True) if line.endswith("\n")))
-
-
-def open_distance(args, images, folder):
-    """The FrechetDistance that args ask for, or None. Adds to args which data and features it measures with.
-
-    UserError if the run in folder, to be resumed, had others.
-    """
-    distance, identity = None, {"data": f"{len(images)} images, crc32 {zlib.crc32(images.numpy()):08x}"}
-    if args.fid_samples:
-        saved = folder and folder / "fid_reference.npz"
-        published_cifar10 = (args.dataset, args.image_size) == ("cifar10", 32)
-        distance = FrechetDistance(args.fid_features, args.device, images, published_cifar10, saved)
-        file = Path(args.fid_features).read_bytes() if args.fid_features else None
-        identity["features"] = distance.name + (f", crc32 {zlib.crc32(file):08x}" if file else "")
-    for name, value in identity.items():
-        was = getattr(args, name, value)
-        refuse(was != value, f"--resume {folder}: its {name} were {was}, now they are {value}")
-        setattr(args, name, value)
-    return distance
-
-
-def flops_per_image(args, channels: int) -> int:
-    """Floating-point operations of the U-Net's forward and backward pass, counted without any of them."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        image = torch.empty(1, channels, args.image_size, args.image_size)
-        build_unet(args, channels)(image, torch.zeros(1)).sum().backward()
-    return counter.get_total_flops()
-
-
-def performance(run, images_per_second):
-    """A line: images/s, peak memory, on a GPU the share of its matrix rate that the U-Net reaches."""
-    text, size, device = f"{images_per_second:.4g} images/s", 8192, run.device
-    if device.type == "cpu":
-        with contextlib.suppress(ImportError):  # on Windows
-            from resource import RUSAGE_SELF, getrusage
-
-            unit = 2**30 if sys.platform == "darwin" else 2**20
-            text += f", peak memory {getrusage(RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
-        return text
-    from torch.utils.benchmark import Timer
-
-    text += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
-    torch.cuda.empty_cache()
-    with contextlib.suppress(torch.OutOfMemoryError), torch.cuda.device(device):  # others may use it, too
-        a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device)
-        rate = 2 * size**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(20).mean
-        share = flops_per_image(run.args, run.images.shape[1]) * images_per_second / PROCESSES / rate
-        text += f", {share:.1%} of the {rate / 1e12:.0f} TFLOP/s of bf16 matrix products on this GPU"
-    return text
-
-
-def refuse_full_disk(args, folder):
-    """UserError where there is no room for the checkpoints of a run: the old one and the new."""
-    with torch.device("meta"):  # weighs a model of any size, and makes none
-        weights = sum(p.numel() for p in build_unet(args, 3).parameters())
-    path = Path(folder or args.out or "runs").absolute()
-    place = next(place for place in (path, *path.parents) if os.path.isdir(place))
-    refuse(not os.access(place, os.W_OK | os.X_OK), f"{place} may not be written: name another with --out")
-    free = shutil.disk_usage(place).free
-    needed = (1 if folder else 2) * (16 * weights + 5e7)  # float32: model, EMA, AdamW's two moments; the rest
-    problem = f"{path} has {free / 1e9:.3g} GB, its checkpoints take {needed / 1e9:.3g}"
-    refuse(needed > free, f"{problem}: free some, name another with --out, or take a smaller --width")
-
-
-def new_folder(out, default, first):
-    """Make the folder out, or default, default-2 ...; it is for whoever creates the file `first` in it."""
-    for number in itertools.count(1):
-        path = Path(out or (default if number == 1 else f"{default}-{number}"))
-        try:
-            path.mkdir(parents=True, exist_ok=bool(out))
-            open(path / first, "x").close()
-            break
-        except OSError as error:
-            if out or not path.is_dir():
-                raise UserError(f"no folder for the results ({error}): name another with --out") from error
-    return path
-
-
-@contextlib.contextmanager
-def alone_in(folder):
-    """Meanwhile hold the folder's lock. UserError: another process trains this run."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder} is being trained by another process") from error
-        yield
-    finally:
-        os.close(lock)
-
-
-def train(args, folder=None, checkpoint=None, rows=()):
-    """Train as args say: from the start into a new folder, or on from a checkpoint and rows in its own."""
-    batch, rows = args.batch_size, list(rows)
-    refuse(batch % PROCESSES, f"--batch-size {batch} must divide by {PROCESSES}, the processes")
-    if RANK == 0:
-        refuse_full_disk(args, folder)
-    for turn in range(3):  # rank 0, then one on each other machine, then the rest: a download is made once
-        if turn == min(RANK, 1) + min(LOCAL_RANK, 1):
-            images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
-        average_over_processes(torch.zeros(()))  # waits for all
-    refuse(batch > len(images), f"--batch-size {batch} is more than the {len(images)} training images")
-    distance = open_distance(args, images, folder) if RANK == 0 else None
-    run = Training(args, images)
-    if checkpoint:
-        with reading_checkpoint(folder / "checkpoint.pt"):
-            run.load_state_dict(checkpoint)
-    if RANK:
-        return loop(run, None, rows, None, None)
-    names = args.dataset, args.strategy, "" if args.weighting == "auto" else args.weighting
-    default = "-".join([name for name in names if name] + ["momentum-decay"] * args.momentum_decay)
-    folder = folder or new_folder(args.out, Path("runs", default), "config.json")
-    with alone_in(folder):
-        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-        config = json.dumps(vars(args) | versions, indent=2) + "\n"
-        write_whole(folder / "config.json", lambda path: path.write_text(config))
-        table = "".join(",".join(line) + "\n" for line in [METRICS, *(row.values() for row in rows)])
-        write_whole(folder / "metrics.csv", lambda path: path.write_text(table))
-        if distance:
-            mu, sigma = distance.reference
-            write_whole(folder / "fid_reference.npz", lambda path: np.savez(path, mu=mu, sigma=sigma))
-        shape, before = "x".join(map(str, images.shape[1:])), len(rows)
-        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
-        print(f"{folder}: {len(images)} images {shape} to train on, {len(held_out)} held out")
-        where = args.device if PROCESSES == 1 else f"{PROCESSES} x {args.device}"
-        print(f"U-Net of {millions:.2f}M parameters on {where}, steps {run.step} to {args.steps}")
-        loop(run, folder, rows, held_out.to(args.device), distance)
-    # The pace is that since this process's first row: the steps before it are slow, they may compile.
-    last, first = rows[-1], rows[min(before, len(rows) - 2)] if len(rows) > 1 else {"step": 0, "seconds": 0}
-    figures = f"val_mse {last['val_mse']}, val_vlb {last['val_vlb']} bits per dimension"
-    figures += f", {distance.name} {last['fid']}" if "fid" in last else ""
-    print(f"{run.seconds:.0f} s of training: {figures}")
-    if run.skipped:
-        print(f"{run.skipped} updates were skipped: their loss or gradient was not finite")
-    print(f"samples and all else in {folder}")
-    steps, seconds = (float(last[name]) - float(first[name]) for name in ("step", "seconds"))
-    print(performance(run, steps * batch / max(seconds, 1e-9)))
-
-
-def reading_checkpoint(path):
-    """A context in which whatever goes wrong becomes a UserError that names the file."""
-    return explained(f"{path} is cut off or no checkpoint of this script")
+        torch.save(run.state_dict(), temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} is as it was, the new one could not be written ({one_line(error)})") from error
 
 
 def load_checkpoint(path):
     """A checkpoint of this script, on the CPU, never unpickled as code. UserError: anything else."""
-    refuse(not os.path.isfile(path), f"{path}: no such checkpoint")
-    with reading_checkpoint(path):
+    with explained(f"{path} is no checkpoint of this script, or cut off"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for action in make_parser()._actions:  # its settings are such as the command line admits
-            value = checkpoint["args"].get(action.dest)
-            for one in [] if value is None else value if isinstance(value, list) else [value]:
-                refuse(action.choices and one not in action.choices, f"{action.dest} {one}")
-                (action.type or str)(str(one))
+        if not {"args", "channels", "ema"} <= set(checkpoint):
+            raise ValueError("it lacks settings or weights")
     return checkpoint
 
 
-def generate(args):
+def catch_signals():
+    """A list that SIGINT, SIGTERM or SIGHUP, once received, is put into; a second one has its default effect."""
+    received = []
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+
+    def receive(number, frame):
+        received.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            signal.signal(number, receive)
+    return received
+
+
+def due(step, every, steps):
+    """Whether what happens every so many steps, and after the last, happens after this one."""
+    return step > 0 and (step % every == 0 or step == steps)
+
+
+def loop(run, folder, held_out, distance):
+    """Train to the end, or until a signal: returns its number, or 0. Rank 0 alone measures, writes and prints.
+
+    The checkpoint comes before what takes long, and never holds the row of its own step: a resumed run makes
+    it again. So nothing is lost wherever a run ends.
+    """
+    args = run.args
+    received = catch_signals()
+    bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
+    clock = time.perf_counter()
+    while True:
+        step = run.step
+        evaluates = due(step, args.eval_every, args.steps)
+        compares = args.fid_samples and due(step, args.fid_every or args.steps, args.steps)
+        logs = evaluates or compares or due(step, LOG_EVERY, args.steps)
+        stop = received[0] if received else 0
+        if WORLD_SIZE > 1:
+            stop = agreed(stop) if logs else 0  # asking takes time: all stop together where a row is due
+        saves = evaluates or compares or stop or due(step, args.checkpoint_every, args.steps)
+        if logs or saves:
+            if run.bad_in_a_row >= PATIENCE:  # waits for the device
+                problem = f"step {step}: {PATIENCE} losses or gradients in a row were not finite"
+                raise FloatingPointError(f"{problem}; --resume with a lower --lr, or without --amp fp16")
+            run.seconds += time.perf_counter() - clock
+            if evaluates:
+                run.probs.setdefault(step, run.sampler.probs.cpu())  # a resumed run has it already
+            if saves and RANK == 0:
+                save_checkpoint(run, folder / "checkpoint.pt")
+            if stop:
+                return stop
+            if logs and RANK == 0:
+                run.measure(folder, held_out if evaluates else None, distance if compares else None)
+            if logs:
+                run.losses.clear()
+            clock = time.perf_counter()
+        if step == args.steps:
+            return 0
+        run.train_step()
+        bar.update()
+
+
+def agreed(stop):
+    """The largest of what the processes say, in all of them."""
+    stop = torch.tensor(stop)
+    distributed.all_reduce(stop, distributed.ReduceOp.MAX)
+    return stop.item()
+
+
+def new_folder(path):
+    """Make path or, where it exists, path-2, path-3 and so on. UserError: it cannot be made."""
+    folder = Path(path)
+    number = 1
+    while os.path.exists(folder):
+        number += 1
+        folder = Path(f"{path}-{number}")
+    with explained(f"--out {folder}"):
+        folder.mkdir(parents=True)  # fails if another run has just made it
+    return folder
+
+
+def pick_device(name):
+    """--device, or the best there is. UserError if this machine lacks it."""
+    with explained(f"--device {name} is not to be had here, use cpu, cuda, cuda:N or mps"):
+        device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(LOCAL_RANK if device.index is None else device.index)
+        torch.zeros(1, device=device).item()
+    return device
+
+
+def prepare(args, device):
+    """(training images, held-out ones, the FrechetDistance or None). Prints the distance's scale."""
+    # Of each machine's processes one reads the data first, as it may download them, then the others.
+    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
+        distributed.barrier()
+    images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+        distributed.barrier()
+    if args.batch_size > len(images) or args.batch_size % WORLD_SIZE:
+        problem = f"--batch-size {args.batch_size} must be at most the {len(images)} training images"
+        raise UserError(f"{problem} and divide by {WORLD_SIZE}, the processes")
+    if RANK > 0 or not args.fid_samples:
+        return images, held_out, None
+    published = args.dataset == "cifar10" and args.image_size == 32
+    distance = FrechetDistance(args.fid_features, device, images, published)
+    real = held_out[: args.fid_samples]
+    if len(real) > 1:
+        noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
+        print(
+            f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, of noise {distance(noise):.4g}"
+        )
+    return images, held_out, distance
+
+
+def train(args, checkpoint):
+    """Train as args say, from the start or on from a checkpoint. The exit status: 0, or 128 + a signal."""
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+    torch.backends.cudnn.benchmark = True
+    if WORLD_SIZE > 1:  # on one machine RANK and WORLD_SIZE suffice
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        distributed.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 measures
+    images, held_out, distance = prepare(args, device)
+    run = Training(args, images, device)
+    if checkpoint:
+        with explained(f"--resume {args.resume}: its checkpoint does not fit these settings"):
+            run.load_state_dict(checkpoint)
+    folder = None
+    if RANK == 0:
+        names = [args.dataset, args.strategy, args.weighting, "momentum-decay"]
+        names = [name for name in names[: 3 + args.momentum_decay] if name != "auto"]
+        folder = Path(args.resume) if args.resume else new_folder(args.out or f"runs/{'-'.join(names)}")
+        config = settings_of(args) | {"device": str(device), "torch": torch.__version__}
+        config |= {
+            "data": f"{len(images)} images {list(images.shape[1:])}",
+            "features": distance and distance.name,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_rows(run.rows, folder)
+        weights = sum(p.numel() for p in run.model.parameters())
+        print(f"{folder}: {config['data']} to train on, {len(held_out)} held out")
+        print(f"U-Net of {weights:,} weights on {WORLD_SIZE} x {device}, steps {run.step} to {args.steps}")
+    stop = loop(run, folder, held_out.to(device), distance)
+    if WORLD_SIZE > 1:
+        distributed.destroy_process_group()
+    if RANK == 0 and stop:
+        print(f"stopped at step {run.step}: go on with --resume {folder}", file=sys.stderr)
+    elif RANK == 0:
+        print(f"{run.seconds:.0f} s of training; samples and all else in {folder}")
+    return 128 + stop if stop else 0
+
+
+def generate(args, checkpoint):
     """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
-    path, first, done = Path(args.checkpoint), [], 0
-    checkpoint = load_checkpoint(path)
-    with reading_checkpoint(path):
-        run = argparse.Namespace(**checkpoint["args"] | {"device": args.device})
-        model, diffusion = build_model(run, checkpoint["channels"])
+    from torchvision.utils import save_image
+
+    device = pick_device(args.device)
+    with explained(f"{args.checkpoint} does not fit these settings"):
+        model = build_unet(args, checkpoint["channels"])
         model.load_state_dict(checkpoint["ema"])
-    steps = args.sampling_steps = args.sampling_steps or min(50, run.timesteps)
-    refuse(steps > run.timesteps, f"--sampling-steps {steps}: this model has {run.timesteps} timesteps")
-    batch_size = args.batch_size or 256
-    calls = (run.timesteps if args.method == "ddpm" else steps) * math.ceil(args.generate / batch_size)
-    compile_in_place(args, calls, model)
-    folder = new_folder(args.out, path.parent / "generated", "000000.png")
-    shape = checkpoint["channels"], run.image_size, run.image_size
-    options = args, args.seed, "generating", batch_size
-    with make_autocast(args)[0]():
-        for images in draw_samples(model.eval(), diffusion, args.generate, shape, *options):
-            save_pngs(to_uint8(images), folder, done)
-            done += len(images)
-            first += images[: 64 - len(first)].cpu()
-    save_grid(torch.stack(first), folder / "grid.png")
-    print(f"{args.generate} images and grid.png in {folder}")
+    model.eval().to(device).to(memory_format=torch.channels_last)
+    diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
+    folder = new_folder(args.out or Path(args.checkpoint).parent / "generated")
+    with make_autocast(args.amp, device):
+        images = draw_samples(model, diffusion, args, checkpoint["channels"], args.generate, args.seed)
+    for i, image in enumerate(images):
+        save_image(image / 255, folder / f"{i:06d}.png")
+    save_grid(images, folder / "grid.png")
+    print(f"{len(images)} images and grid.png in {folder}")
 
 
-# 8 Report ---------------------------------------------------------------------------------------------------
+# 7 Report ---------------------------------------------------------------------------------------------------
 
-# What may differ between the runs of one row, and what must not differ between figures that are compared.
-FREE = {"seed", "out", "data_dir", "eval_every", "checkpoint_every", "python", "torch"}
-FREE |= {"features", "fid_features", "fid_samples", "fid_every"}
-FID_SETTINGS = ("features", "fid_samples", "method", "sampling_steps", "eta")
-REPORT = "strategy | runs | steps | seconds | val_mse | val_vlb | {0} last | {0} best | "
-REPORT += "steps to baseline's last | seconds to it | speed-up (steps) | speed-up (seconds)"
+# What may differ between runs of one setting, and what must not differ between runs that are compared.
+FREE = ("strategy", "seed", "data_dir", "device", "eval_every", "checkpoint_every", "fid_every", "torch")
+COMPARED = ("data", "features", "fid_samples", "method", "sampling_steps", "schedule", "timesteps")
 
 
 def read_run(folder):
-    """Its folder, its config and its rows, each with METRICS as floats, None where nothing was measured."""
-    with explained(f"--report {folder}: no run of this script to report"):
-        config = json.loads((folder / "config.json").read_text())
-        lines = read_rows(folder / "metrics.csv")
-        rows = [{name: float(row[name]) if row[name] else None for name in METRICS} for row in lines]
-        missing = {"strategy", "weighting", "momentum_decay", "seed", "data"} - set(config)
-        refuse(missing or not rows, f"lacks {', '.join(sorted(missing)) or 'rows'}")
-    return argparse.Namespace(folder=folder, config=config, rows=rows)
+    """(its folder, its config, its rows): values are floats, nan where nothing was measured."""
+    with explained(f"--report {folder}: no run of this script with something measured"):
+        config = json.loads(Path(folder, "config.json").read_text())
+        with open(Path(folder, "metrics.csv")) as file:
+            rows = [{name: float(row[name] or "nan") for name in METRICS} for row in csv.DictReader(file)]
+        assert rows and set(COMPARED) <= set(config)
+    return folder, config, rows
 
 
-def curve(run, name="fid"):
-    """[(step, seconds, value), ...] of what was measured under that name."""
-    return [(row["step"], row["seconds"], row[name]) for row in run.rows if row[name] is not None]
+def mean_curve(runs, name):
+    """[(step, mean over the runs), ...] at the steps where all of them measured it."""
+    measured = [{row["step"]: row[name] for row in rows if not math.isnan(row[name])} for _, _, rows in runs]
+    steps = sorted(set.intersection(*map(set, measured)))
+    return [(step, statistics.fmean(values[step] for values in measured)) for step in steps]
 
 
 def reach(points, target):
-    """(step, seconds) where the line through points, a curve, first falls to target, else None."""
-    for before, point in zip([points[0], *points] if points else [], points):
-        if point[2] <= target:
-            share = (before[2] - target) / (before[2] - point[2]) if before[2] > point[2] else 0.0
-            return tuple(a + share * (b - a) for a, b in zip(before[:2], point[:2]))
+    """The step at which the line through points, a curve, first falls to target; None if it never does."""
+    for (step, value), (next_step, next_value) in zip(points[:1] + points, points):
+        if next_value <= target:
+            share = (value - target) / max(value - next_value, 1e-12)
+            return step + share * (next_step - step)
     return None
 
 
-def group_by_setting(runs):
-    """{name: runs that differ in FREE alone}, a setting, named by how it differs from the first run."""
-    named, groups = FREE | {"strategy", "weighting", "momentum_decay"}, {}
-    for run in runs:
-        config, name = run.config, run.config["strategy"]
-        if config["weighting"] != "auto":
-            name += f" + {config['weighting']} weights".replace("none", "no")
-        name += " + momentum decay" * config["momentum_decay"]
-        changed = {key: value for key, value in config.items() if str(value) != str(runs[0].config.get(key))}
-        name += "".join(f", {key} {value}" for key, value in changed.items() if key not in named)
-        groups.setdefault(name, []).append(run)
-    return groups
+def cell(values):
+    """mean (min..max), or - where a value is missing."""
+    if None in values or not values:
+        return "-"
+    text = f"{statistics.fmean(values):.4g}"
+    return text if min(values) == max(values) else f"{text} ({min(values):.4g}..{max(values):.4g})"
 
 
 def report(folders, out):
-    """Print a Markdown table of the runs, a row a setting, the first the baseline; draw two pictures."""
-    runs = [read_run(Path(folder)) for folder in folders]
-    measured = [run for run in runs if "features" in run.config]
-    for names, some in (("data",), runs), (FID_SETTINGS, measured):
-        for name, run in itertools.product(names, some):
-            one, two = some[0].config.get(name), run.config.get(name)
-            refuse(one != two, f"--report: {name} is {one} in {some[0].folder} but {two} in {run.folder}")
-    fid = measured[0].config["features"].split(", crc32")[0] if measured else "FID"
-    groups = group_by_setting(runs)
-    # Where did each first reach the baseline's last FID? A run is held against the baseline with its seed,
-    # which had the same first weights, images and noise, or, where there is none, against their mean.
-    curves = {run.config["seed"]: curve(run) for run in next(iter(groups.values()))}
-    goals = {seed: (ps[-1][2], *reach(ps, ps[-1][2])) for seed, ps in curves.items() if ps}
-    mean_goal = tuple(map(statistics.fmean, zip(*goals.values())))
+    """Print a Markdown table of the runs, a row a setting, the first the baseline; draw their curves.
 
-    def row(run):
-        goal, points, nothing = goals.get(run.config["seed"], mean_goal), curve(run), [(None,) * 3]
-        last = [(curve(run, name) or nothing)[-1][2] for name in ("val_mse", "val_vlb", "fid")]
-        best = min((value for *_, value in points), default=None)
-        reached = (goal and reach(points, goal[0])) or (None, None)
-        ratios = [theirs / own if own else None for theirs, own in zip(goal[1:], reached)] or (None, None)
-        return [run.rows[-1]["step"], run.rows[-1]["seconds"], *last, best, *reached, *ratios]
+    speed-up: how many times fewer steps than the baseline's mean curve a run took to where that curve ends;
+    "-" where some run of that setting never got there.
+    """
+    runs = [read_run(folder) for folder in folders]
+    base = runs[0][1]
+    groups = {}  # setting: its runs
+    for run in runs:
+        config = run[1]
+        for key in COMPARED:
+            if config[key] != base[key]:
+                raise UserError(
+                    f"--report: {key} is {base[key]} in {folders[0]} but {config[key]} in {run[0]}"
+                )
+        changed = [
+            f"{key} {config[key]}" for key in config if key not in FREE and config[key] != base.get(key)
+        ]
+        groups.setdefault(", ".join([config["strategy"], *changed]), []).append(run)
+    baseline = next(iter(groups.values()))
+    label = base["features"] or "FID"
+    print(
+        f"| strategy | runs | {label} | speed-up | val_vlb | speed-up | val_mse | speed-up | seconds a step |"
+    )
+    print("|---" * 9 + "|")
+    for setting, members in groups.items():
+        cells = [setting, str(len(members))]
+        for name in ("fid", "val_vlb", "val_mse"):
+            goal = mean_curve(baseline, name)
+            curves = [mean_curve([run], name) for run in members]
+            if goal and all(curves):
+                first = reach(goal, goal[-1][1])
+                reached = [reach(points, goal[-1][1]) for points in curves]
+                cells.append(cell([points[-1][1] for points in curves]))
+                cells.append(cell([step and first / step for step in reached]))
+            else:
+                cells += ["-", "-"]
+        cells.append(cell([rows[-1]["seconds"] / rows[-1]["step"] for _, _, rows in members]))
+        print(f"| {' | '.join(cells)} |")
+    draw(groups, label, out)
 
-    def cell(values):
-        known = [value for value in values if value is not None]
-        if not known:
-            return "-"
-        three = statistics.fmean(known), min(known), max(known)
-        mean, low, high = (f"{v:.4g}" if abs(v) < 1000 else f"{v:.0f}" for v in three)
-        spread = f" ({low}..{high})" if low != high else ""
-        return mean + spread + (f" in {len(known)} of {len(values)}" if len(known) < len(values) else "")
 
-    print(f"| {REPORT.format(fid.replace('|', '/'))} |")
-    print("|---" * len(REPORT.split("|")) + "|")
-    for name, members in groups.items():
-        print(" | ".join([f"| {name}", str(len(members)), *map(cell, zip(*map(row, members)))]) + " |")
+def draw(groups, label, out):
+    """report.png: the distance and the bound over steps, and P(t) at the end, a colour a setting."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("\nno pictures without matplotlib: pip install matplotlib")
-    pictures = {"methods.png": draw_methods} | ({"curves.png": draw_curves} if any(map(curve, runs)) else {})
-    figures = {name: Figure((12, 6), dpi=100, layout="constrained") for name in pictures}
-    for name, draw in pictures.items():
-        draw(figures[name], groups, fid)
-    folder = new_folder(out, Path("runs") / "report", "methods.png")
-    for name, figure in figures.items():
-        write_whole(folder / name, figure.savefig)
-    print(f"\n{' and '.join(pictures)} in {folder}")
+        print("\nno picture without matplotlib: pip install matplotlib")
+        return
+    figure = Figure((15, 5), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for number, (setting, runs) in enumerate(groups.items()):
+        style = {"color": f"C{number}", "label": setting}
+        axes[0].plot(*zip(*mean_curve(runs, "fid")), **style)
+        axes[1].plot(*zip(*mean_curve(runs, "val_vlb")), **style)
+        probs = load_checkpoint(Path(runs[0][0], "checkpoint.pt"))["probs"]
+        axes[2].plot(probs[max(probs)] * len(probs[max(probs)]), **style)
+    axes[0].set(xlabel="step", ylabel=label, yscale="log")
+    axes[1].set(xlabel="step", ylabel="val_vlb", yscale="log")
+    axes[2].set(xlabel="t", ylabel="T P(t) at the end")
+    axes[1].legend(fontsize="small")
+    folder = new_folder(out or "runs/report")
+    figure.savefig(folder / "report.png")
+    print(f"\nreport.png in {folder}")
 
 
-def draw_curves(figure, groups, fid):
-    """FID over steps and over seconds: each setting's mean a line, its runs dots, the baseline black."""
-    axes = figure.subplots(1, 2, sharey=True)
-    for number, (name, runs) in enumerate(groups.items()):
-        points, color = list(itertools.chain(*map(curve, runs))), f"C{number - 1}" if number else "black"
-        at_step = [[p for p in points if p[0] == step] for step in sorted({p[0] for p in points})]
-        means = [[statistics.fmean(x) for x in zip(*ps)] for ps in at_step if len(ps) == len(runs)]
-        style = {"color": color, "label": name, "linestyle": "--" if number > 10 else "-"}
-        for column, axis in enumerate(axes):
-            axis.plot([p[column] for p in points], [p[2] for p in points], ".", color=color, alpha=0.4)
-            axis.plot([p[column] for p in means], [p[2] for p in means], **style)
-            if not number and means:
-                axis.axhline(means[-1][2], color=color, linestyle=":")
-    for axis, label in zip(axes, ("step", "seconds of training")):
-        axis.set(xlabel=label, yscale="log")
-        axis.grid(alpha=0.3)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-    axes[0].set_ylabel(fid)
-    axes[1].legend()
+# 8 Command line ---------------------------------------------------------------------------------------------
 
-
-def draw_methods(figure, groups, fid):
-    """P(t) and w(t) of the static methods, P(t) of the curriculum as it moves and as an adaptive run drew."""
-    runs = list(itertools.chain(*groups.values()))
-    args = argparse.Namespace(**runs[0].config)
-    T, ab = args.timesteps, GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
-
-    def built(strategy, weighting="none"):
-        args.strategy, args.weighting = strategy, weighting
-        return build_strategy(args, ab, 1)
-
-    lines = {"T P(t), static": {name: built(name)[0].probs for name in ("uniform", "logit-normal", "speed")}}
-    weightings = [name for name in WEIGHTINGS[1:] if T > 2 or name != "change-aware"]
-    lines["w(t), with mean 1 under uniform t"] = {name: built("uniform", name)[1] for name in weightings}
-    curriculum = built("curriculum")[0]
-    moved = lines["T P(t), curriculum"] = {}
-    for part in range(5):
-        curriculum.sample(ab[:1], part * args.steps / 4)
-        moved[f"at {25 * part}% of the steps"] = curriculum.probs
-    drawn = lines["T P(t), an adaptive run"] = {}
-    adaptive = [run.folder / "checkpoint.pt" for run in runs if run.config["strategy"] == "adaptive"]
-    for path in [path for path in adaptive if path.is_file()][:1]:
-        counts = load_checkpoint(path)["drawn"][None].float()
-        for part, shares in enumerate(F.adaptive_avg_pool2d(counts, (5, min(T, 50)))[0]):
-            if shares.any():
-                drawn[f"drawn from {20 * part}% to {20 * part + 20}%"] = shares
-    for axis, (title, named) in zip(figure.subplots(2, 2).flat, lines.items()):
-        for name, values in named.items():
-            axis.plot((torch.arange(len(values)) + 0.5) * T / len(values), values / values.mean(), label=name)
-        axis.set(title=title, xlabel="t", ylim=(0, None))
-        axis.grid(alpha=0.3)
-        if named:
-            axis.legend()
-
-
-# 9 Command line ---------------------------------------------------------------------------------------------
-
-# What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes;
-# cifar10: the adaptive sampler's authors', but for their quad schedule; the others follow from these two.
-# fmt: off
-PER_DATASET = ("image_size", "patch", "width", "mults", "num_blocks", "attention", "dropout",
-               "steps", "batch_size", "lr", "warmup", "ema_decay", "eval_every", "flip")
-DATASETS = {
-    "digits":        (16, 2,  48, [1, 1],       1, [4],  0.0,   1_600, 128, 2e-3,   100, 0.998,    400, False),
-    "mnist":         (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, False),
-    "fashion-mnist": (28, 1,  64, [1, 2, 2],    2, [7],  0.0,  20_000, 128, 1e-3,   500, 0.999,  1_000, True),
-    "cifar10":       (32, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 100_000, 128, 2e-4, 5_000, 0.9999, 5_000, True),
-    "celeba":        (64, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 200_000,  64, 1e-4, 5_000, 0.9999, 5_000, True),
-    "folder":        (32, 1, 128, [1, 2, 2, 2], 2, [16], 0.1, 100_000, 128, 2e-4, 5_000, 0.9999, 5_000, True),
+# What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes.
+# cifar10: as the adaptive sampler's authors have it, but for their quad schedule; the others follow from it.
+DIGITS = {
+    "image_size": 16,
+    "patch": 2,
+    "width": 48,
+    "mults": [1, 1],
+    "num_blocks": 1,
+    "steps": 1600,
+    "lr": 2e-3,
 }
-# fmt: on
-CHANGEABLE = {"device", "data_dir", "fid_features", "amp", "compile", "lr", "grad_clip"}  # beside --resume
-COUNT, SHARE = "int [1, 1e9]", "[0, 1)"
-# flag: (what it takes, its default, help). No default: that of the data set, of other flags, or off.
-# A title alone begins a group of --help.
-FLAGS = {
-    "method": None,
-    "--strategy": (STRATEGIES, "uniform", "how timesteps are drawn"),
-    "--weighting": (WEIGHTINGS, "auto", "loss weights; auto: change-aware for speed, else none"),
-    "--momentum-decay": ("store_true", False, "lower beta1 and lr as training goes on"),
-    "--speed-k": ("[1, 1e6]", 5.0, "SpeeD: t < tau is drawn k times as often"),
-    "--speed-tau": (COUNT, None, "SpeeD: 1..T (default: the number of t with alphas_cumprod >= 0.0069)"),
-    "--speed-lam": ("[0.5, 1]", 0.6, "change-aware weights lie in [1 - lam, lam]"),
-    "--curriculum-mu": ("[0, 1]", 0.3, "curriculum: centre of the Gaussian, in units of T"),
-    "--curriculum-sigma": ("[1e-3, 1e3]", 0.5, "curriculum: its width, in units of T"),
-    "--adaptive-every": (COUNT, 40, "adaptive: steps between updates of the policy"),
-    "--adaptive-selected": (COUNT, 3, "adaptive: timesteps that make the reward, |S|"),
-    "--adaptive-queue": ("int [3, 1e5]", 20, "adaptive: probes that S is chosen from"),
-    "--adaptive-probe": (COUNT, 100, "adaptive: timesteps a probe measures; T or more for all"),
-    "--adaptive-lr": ("(0, 10]", 1e-2, "adaptive: learning rate of the policy"),
-    "--adaptive-entropy": ("[0, 1e3]", 1e-2, "adaptive: weight of the policy's entropy"),
-    "data": None,
-    "--dataset": (tuple(DATASETS), "digits", "digits are rendered here, folder is your own images"),
-    "--data-dir": ("name", "data", "where the images are, or are downloaded to"),
-    "--image-size": ("int [4, 1024]", None, "side of the square images"),
-    "--flip": (argparse.BooleanOptionalAction, None, "mirror half of the training images"),
-    "diffusion and model": None,
-    "--schedule": (("linear", "cosine", "quad"), "linear", "how fast the noise grows"),
-    "--timesteps": ("int [1, 1e5]", 1000, "T"),
-    "--width": ("int [2, 4096]", None, "channels of the first level"),
-    "--mults": ("int [1, 64]", None, "channels of each level, in units of width"),
-    "--num-blocks": ("int [1, 16]", None, "residual blocks of a level"),
-    "--attention": (COUNT, None, "feature map sides with attention; no value: none"),
-    "--dropout": (SHARE, None, "in the residual blocks"),
-    "--patch": ("int [1, 64]", None, "pixel-unshuffle factor in front of the U-Net"),
-    "training": None,
-    "--steps": (COUNT, None, "training steps"),
-    "--batch-size": ("int [1, 1e6]", None, "images a step, of all processes together"),
-    "--lr": ("(0, 100]", None, "learning rate of AdamW, constant after the warm-up"),
-    "--beta1": (SHARE, 0.9, "AdamW's momentum"),
-    "--warmup": (COUNT, None, "steps to the full learning rate"),
-    "--ema-decay": (SHARE, None, "of the weight average that is evaluated and sampled"),
-    "--grad-clip": ("(0, 1e6]", 1.0, "largest gradient norm"),
-    "--seed": ("int [0, 2147483647]", 0, "of model, order, noise and timesteps, not of the digits"),
-    "--eval-every": (COUNT, None, "steps between measurements, samples and checkpoints"),
-    "--checkpoint-every": (COUNT, None, "steps between further checkpoints (default: --eval-every)"),
-    "--device": ("name", None, "cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"),
-    "--amp": (("auto", "off", "bf16", "fp16"), "auto", "auto: bf16 or fp16 on a GPU, off on a CPU"),
-    "--compile": (("auto", "off", "on"), "auto", f"auto: on a GPU for {COMPILE_FROM} steps or more"),
-    "sampling": None,
-    "--method": (("ddim", "ddpm"), "ddim", "ddpm visits every timestep"),
-    "--sampling-steps": (COUNT, None, "timesteps ddim visits (default: 50, or T if that is less)"),
-    "--eta": ("[0, 1]", 0.0, "noise of ddim: 0 none, 1 as much as ddpm"),
-    "FID": None,
-    "--fid-samples": ("int [2, 1e6]", None, "measure FID at the end, on so many samples: more than features"),
-    "--fid-every": (COUNT, None, "measure it every so many steps, too"),
-    "--fid-features": ("name", None, "TorchScript file, images in 0..255 to features; runs code: trust it"),
-    "files": None,
-    "--out": ("name", None, "folder of the results, new or empty (default: runs/DATASET-STRATEGY...)"),
-    "--resume": ("name", None, "go on with the run in this folder, with its own settings"),
-    "--generate": (COUNT, None, "write so many samples of --checkpoint as PNG files, train nothing"),
-    "--checkpoint": ("name", None, "the checkpoint to generate from"),
-    "--report": ("name", None, "compare runs in a table, the first being the baseline"),
+DIGITS |= {"ema_decay": 0.998, "fid_samples": 512, "fid_features": "digits"}
+MNIST = {"image_size": 28, "width": 64, "mults": [1, 2, 2], "steps": 20_000, "lr": 1e-3, "ema_decay": 0.999}
+CIFAR10 = {
+    "image_size": 32,
+    "width": 128,
+    "mults": [1, 2, 2, 2],
+    "attention": [16],
+    "dropout": 0.1,
+    "flip": True,
 }
+CIFAR10 |= {"steps": 100_000, "lr": 2e-4, "ema_decay": 0.9999}
+PRESETS = {"digits": DIGITS, "mnist": MNIST, "fashion-mnist": MNIST, "cifar10": CIFAR10, "folder": CIFAR10}
+STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
+MODES = ("out", "resume", "generate", "checkpoint", "report")  # flags that are no settings of a run
 
 
-def within(interval):
-    """An argparse type: a number in an interval such as "[0, 1)", a whole one in "int [0, 9]"; never nan."""
-    kind, ends = (int, interval[4:]) if interval.startswith("int") else (float, interval)
-    low, high = (float(end) for end in ends[1:-1].split(","))
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if low < value < high or (value, ends[0]) == (low, "[") or (value, ends[-1]) == (high, "]"):
-                return value
-        raise argparse.ArgumentTypeError(
-            f"must be a {'whole ' * (kind is int)}number in {ends}, not {text!r}"
-        )
-
-    return parse
+def settings_of(args):
+    return {name: value for name, value in vars(args).items() if name not in MODES}
 
 
-def setting(flag):
-    return flag[2:].replace("-", "_")
+def within(kind, low, high):
+    """An argparse type: a number of that kind from low to high, which nan is not."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+
+    return number
+
+
+COUNT = within(int, 1, 10**9)
+POSITIVE = within(float, 1e-12, 1e12)
+SHARE = within(float, 0, 1)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
 
 
 def make_parser():
-    """A parser of FLAGS. Its result has only what is given."""
-    options = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser("speedup_diffusion.py", description=__doc__.split("\n")[0], **options)
-    parser.error, group = functools.partial(refuse, True), parser  # a UserError, not its own exit
-    for flag, row in FLAGS.items():
-        if row is None:
-            group = parser.add_argument_group(flag)
-            continue
-        kind, default, text = row
-        if setting(flag) in PER_DATASET:
-            values = {}
-            for dataset, defaults in DATASETS.items():
-                values.setdefault(str(defaults[PER_DATASET.index(setting(flag))]), []).append(dataset)
-            default = "; ".join(f"{value} for {', '.join(names)}" for value, names in values.items())
-        text += "" if default is None else f" (default: {default})"
-        if isinstance(kind, tuple):
-            group.add_argument(flag, choices=kind, help=text)
-        elif kind in ("store_true", argparse.BooleanOptionalAction):
-            group.add_argument(flag, action=kind, help=text)
-        else:
-            nargs = {"--mults": "+", "--attention": "*", "--report": "+"}.get(flag)
-            kind = str if kind == "name" else within(kind)
-            group.add_argument(flag, type=kind, nargs=nargs, metavar="X", help=text)
+    """All flags but --help. What a data set decides gets its default from PRESETS."""
+    options = {
+        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
+        "description": __doc__.split("\n")[0],
+    }
+    parser = Parser(allow_abbrev=False, add_help=False, **options)
+    add = parser.add_argument
+    weightings = ("auto", "none", "change-aware", "min-snr")
+    add("--strategy", choices=STRATEGIES, default="uniform", help="how timesteps are drawn")
+    add("--weighting", choices=weightings, default="auto", help="auto: change-aware for speed, else none")
+    add("--momentum-decay", action="store_true", help="lower beta1 and lr as training goes on")
+    add(
+        "--speed-variant",
+        choices=("paper", "code"),
+        default="paper",
+        help="SpeeD's formula or its authors' runs",
+    )
+    add("--speed-k", type=POSITIVE, default=5.0, help="SpeeD: t < tau is drawn k times as often")
+    add("--speed-tau", type=COUNT, help="SpeeD: 1..T; None: the number of t with alphas_cumprod >= 0.0069")
+    add("--speed-lam", type=SHARE, default=0.6, help="change-aware weights lie in [1 - lam, lam]")
+    add("--curriculum-mu", type=SHARE, default=0.3, help="centre of the Gaussian, in units of T")
+    add("--curriculum-sigma", type=POSITIVE, default=0.5, help="its width, in units of T")
+    add(
+        "--adaptive-reward",
+        choices=("bound", "loss"),
+        default="bound",
+        help="what the policy is to lower fast",
+    )
+    add("--adaptive-every", type=COUNT, default=10, help="steps between updates of the policy")
+    add("--adaptive-lr", type=POSITIVE, default=1e-3, help="learning rate of the policy")
+    add("--adaptive-entropy", type=POSITIVE, default=0.05, help="weight of the policy's entropy")
+    add("--adaptive-authors", action="store_true", help="reward, probe and pace as in the authors' code")
+    add(
+        "--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images"
+    )
+    add("--data-dir", default="data", help="where the images are, or are downloaded to")
+    add("--image-size", type=COUNT, help="side of the square images")
+    add(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="mirror half of the training images",
+    )
+    add("--schedule", choices=("linear", "cosine", "quad"), default="linear", help="how fast the noise grows")
+    add("--timesteps", type=COUNT, default=1000, help="T")
+    add("--width", type=COUNT, help="channels of the first level")
+    add("--mults", type=COUNT, nargs="+", help="channels of each level, in units of width")
+    add("--num-blocks", type=COUNT, default=2, help="residual blocks of a level")
+    add(
+        "--attention",
+        type=COUNT,
+        nargs="*",
+        help="feature map sides with attention; None: the lowest level's",
+    )
+    add("--dropout", type=SHARE, default=0.0, help="in the residual blocks")
+    add("--patch", type=COUNT, default=1, help="pixel-unshuffle factor in front of the U-Net")
+    add("--steps", type=COUNT, help="training steps")
+    add("--batch-size", type=COUNT, default=128, help="images a step, of all processes together")
+    add("--lr", type=POSITIVE, help="learning rate of AdamW, constant after the warm-up")
+    add("--beta1", type=SHARE, default=0.9, help="AdamW's momentum")
+    add("--warmup", type=COUNT, help="steps to the full learning rate; None: 5%% of the steps")
+    add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
+    add("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
+    add(
+        "--seed",
+        type=within(int, 0, 10**9),
+        default=0,
+        help="of model, order, noise and timesteps, not of the digits",
+    )
+    add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
+    add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: --eval-every")
+    add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16 or fp16")
+    add(
+        "--compile",
+        choices=("auto", "off", "on"),
+        default="auto",
+        help=f"auto: on CUDA from {COMPILE_FROM} steps",
+    )
+    add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
+    add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
+    add("--eta", type=SHARE, default=0.0, help="noise of ddim: 0 none, 1 as much as ddpm")
+    add(
+        "--fid-samples",
+        type=within(int, 0, 10**9),
+        default=0,
+        help="samples for the Frechet distance at the end; 0: none",
+    )
+    add("--fid-every", type=COUNT, help="measure it every so many steps, too")
+    add(
+        "--fid-features",
+        help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID",
+    )
+    add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
+    add(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this folder; flags beside it change its settings",
+    )
+    add(
+        "--generate",
+        type=COUNT,
+        metavar="N",
+        help="write N samples of --checkpoint as PNG files, train nothing",
+    )
+    add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
+    add("--report", nargs="+", metavar="RUN", help="compare runs in a table, the first being the baseline")
     return parser
 
 
-def usable_device(name, amp):
-    """The device of that name, or the best one where name is None. UserError if this machine lacks it."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
-    refuse(not re.fullmatch(r"cpu|cuda(:\d+)?", name), f"--device {name}: use cpu, cuda or cuda:N")
-    gpus, here = torch.cuda.device_count(), LOCAL_PROCESSES
-    refuse(here > 1 and ":" in name, f"--device {name}: torchrun gives each process its own GPU; use cuda")
-    needed = 0 if name == "cpu" else max(int(name[5:] or 0) + 1, here)
-    refuse(needed > gpus, f"--device {name}: torch sees {gpus} GPUs, this needs {needed}; use fewer, or cpu")
-    if name == "cuda" and here > 1:
-        torch.cuda.set_device(LOCAL_RANK)
-    refuse(name == "cpu" and amp == "fp16", "--amp fp16 needs a GPU: use bf16 or off on a CPU")
-    return name
-
-
-def parse_args(argv):
-    """(settings, with the defaults filled in; the names that were given). UserError where they clash."""
-    given = vars(make_parser().parse_args(argv))
-    for name, value in given.items():
-        refuse(value in ("", [""]), f"--{name.replace('_', '-')} needs a name")
-    defaults = {setting(flag): row[1] for flag, row in FLAGS.items() if row}
-    args = argparse.Namespace(**defaults | given)
-
-    def refuse_beside(flag, allowed, why):
-        others = ", ".join("--" + name.replace("_", "-") for name in sorted(set(given) - allowed - {flag}))
-        refuse(flag in given and others, f"--{flag} {why}: drop {others}")
-
-    refuse_beside("resume", CHANGEABLE, "goes on with the run's own settings")
-    sampling = {"checkpoint", "out", "method", "sampling_steps", "eta", "seed", "batch_size"}
-    refuse_beside("generate", sampling | {"device", "amp", "compile"}, "trains nothing")
-    refuse_beside("report", {"out"}, "trains nothing")
-    refuse(("generate" in given) != ("checkpoint" in given), "--generate N and --checkpoint FILE go together")
-    many = PROCESSES > 1 and given.keys() & {"generate", "report"}
-    refuse(many, "torchrun is for training: start this one without")
-    unused = args.method == "ddpm" and given.keys() & {"sampling_steps", "eta"}
-    refuse(unused, "--method ddpm visits every timestep with eta 1: drop --sampling-steps and --eta")
-    if not args.resume and not args.report:
-        args.device = usable_device(args.device, args.amp)
-    with explained(f"--out {args.out}"):
-        taken = args.out and os.path.exists(args.out) and os.listdir(args.out)
-    refuse(taken, f"--out {args.out} is not empty: name a new folder")
-    trains = not (args.resume or args.generate or args.report)
-    return training_settings(args, given) if trains else args, set(given)
-
-
-def training_settings(args, given):
-    """args with the defaults of their data set, for a run that begins. UserError where they clash."""
-    own = dict(zip(PER_DATASET, DATASETS[args.dataset]))
-    args = argparse.Namespace(**vars(args) | own | given | {"device": args.device})
-    T, probed = args.timesteps, min(args.timesteps, args.adaptive_probe)
+def parse_args(argv=None):
+    """(settings with all defaults filled in, the checkpoint they start from or None). UserError: a clash."""
+    parser = make_parser()
+    first, _ = parser.parse_known_args(argv)
+    checkpoint = None
+    if (first.generate is None) != (first.checkpoint is None):
+        raise UserError("--generate N and --checkpoint FILE go together")
+    parser.set_defaults(**PRESETS[first.dataset])
+    if first.resume or first.generate:
+        checkpoint = load_checkpoint(first.checkpoint or os.path.join(first.resume or "", "checkpoint.pt"))
+        parser.set_defaults(**checkpoint["args"])
+    parser.add_argument("-h", "--help", action="help", help="show the defaults of a --dataset and exit")
+    args = parser.parse_args(argv)
+    args.warmup = args.warmup or max(1, args.steps // 20)
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.checkpoint_every = args.checkpoint_every or args.eval_every
-    args.sampling_steps = args.sampling_steps or min(50, T)
-    sides = [args.image_size // args.patch // 2**level for level in range(len(args.mults))]
-    if "attention" not in given:  # the default is for the default sides
-        args.attention = [side for side in args.attention if side in sides] or sides[-1:]
-    refuse(args.dataset == "folder" and "data_dir" not in given, "--dataset folder needs --data-dir FOLDER")
-    too_large = args.dataset == "digits" and args.image_size > 128
-    refuse(too_large, f"--image-size {args.image_size}: the digits are drawn up to 128")
-    refuse(args.speed_tau and args.speed_tau > T, f"--speed-tau {args.speed_tau} must lie in 1..{T}")
-    change_aware = args.weighting == "change-aware" or (args.strategy, args.weighting) == ("speed", "auto")
-    refuse(change_aware and T < 3, f"--timesteps {T}: change-aware weights need at least 3 timesteps")
-    too_many = args.strategy == "adaptive" and args.adaptive_selected > probed
-    refuse(too_many, f"--adaptive-selected {args.adaptive_selected} exceeds the {probed} timesteps probed")
-    unused = given.keys() & {"fid_every", "fid_features"} and not args.fid_samples
-    refuse(unused, "--fid-every and --fid-features need --fid-samples N")
-    missing = args.fid_features and not os.path.isfile(args.fid_features)
-    refuse(missing, f"--fid-features {args.fid_features}: no such file")
-    refuse(args.sampling_steps > T, f"--sampling-steps {args.sampling_steps} must lie in 1..{T}")
-    refuse(args.width % 2, f"--width {args.width} must be even")
-    shrink = args.patch * 2 ** (len(args.mults) - 1)
-    refuse(args.image_size % shrink, f"--image-size {args.image_size} must divide by {shrink}")
-    refuse(set(args.attention) - set(sides), f"--attention {args.attention}: the sides are {sides}")
-    return args
+    args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
+    if not args.report:
+        check_settings(args)
+    if args.resume:
+        check_resume(args, checkpoint)
+    return args, checkpoint
 
 
-def resume(args, given):
-    """Go on with the run in args.resume, which rank 0 alone needs to have."""
-    folder, read = Path(args.resume), [None]
-    if RANK == 0:
-        checkpoint = load_checkpoint(folder / "checkpoint.pt")
-        with explained(f"{folder}: no metrics.csv of this script"):
-            lines = read_rows(folder / "metrics.csv")
-            rows = [row for row in lines if int(row["step"]) <= checkpoint["step"]]
-        read = [(checkpoint, rows)]
-    if TORCHRUN:
-        distributed.broadcast_object_list(read, device=torch.device("cpu"))
-    checkpoint, rows = read[0]
-    settings = vars(args) | checkpoint["args"] | {name: vars(args)[name] for name in given & CHANGEABLE}
-    settings["device"] = usable_device(settings["device"], settings["amp"])
-    finished = rows and int(rows[-1]["step"]) == settings["steps"]
-    refuse(finished, f"--resume {folder}: has done all of its {settings['steps']} steps")
-    train(argparse.Namespace(**settings), folder, checkpoint, rows)
+def check_settings(args):
+    """UserError where settings clash. What a class itself refuses is found by building it, without weights."""
+    if args.out and os.path.exists(args.out):
+        raise UserError(f"--out {args.out} exists: name a new folder")
+    if args.warmup > args.steps:
+        raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
+    if args.sampling_steps > args.timesteps:
+        raise UserError(f"--sampling-steps {args.sampling_steps} must lie in 1..{args.timesteps}")
+    if args.fid_samples == 1:
+        raise UserError("--fid-samples 1: a distance needs at least 2 samples")
+    try:
+        momentum_decay(0.0, args.beta1)
+        build_strategy(args, GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod, 3)
+        with torch.device("meta"):
+            build_unet(args, 3)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def main(argv=None) -> int:
+def check_resume(args, checkpoint):
+    """UserError where fewer steps are asked than done. Distances measured otherwise are dropped: never mixed."""
+    if checkpoint["step"] > args.steps:
+        raise UserError(
+            f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}"
+        )
+    names = ("fid_samples", "fid_features", "method", "sampling_steps", "eta")
+    if any(getattr(args, name) != checkpoint["args"][name] for name in names):
+        for row in checkpoint["rows"]:
+            row["fid"] = None
+
+
+def main(argv=None):
     """Exit status: 0; 2 for what the user can mend; 1 for a failing disk or a diverging run; 128 + signal."""
     try:
-        args, given = parse_args(argv)
+        args, checkpoint = parse_args(argv)
         if args.report:
             report(args.report, args.out)
         elif args.generate:
-            generate(args)
+            generate(args, checkpoint)
         else:
-            join_processes()
-            if args.resume:
-                resume(args, given)
-            else:
-                train(args)
-            if TORCHRUN:  # after a failure nothing is waited for
-                average_over_processes(torch.zeros(()))  # rank 0's last figures
-                distributed.destroy_process_group()
+            return train(args, checkpoint)
         return 0
     except UserError as error:
         if LOCAL_RANK == 0:  # the others on this machine met the same
             print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:  # such as a full disk
-        problem = str(error) if RANK == 0 or isinstance(error, OSError) else ""
+    except KeyboardInterrupt:
+        print("speedup_diffusion.py: stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (FloatingPointError, OSError) as error:
+        problem = one_line(error)
     except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
+        problem = one_line(error)
+        if isinstance(error, MemoryError) or "memory" in problem:
             problem = "out of memory: lower --batch-size, --width or --image-size"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            problem = f"torch.compile does not work here ({one_line(error)}): use --compile off"
-        elif PROCESSES > 1 and any(text in str(error) for text in ("gloo", "NCCL", "onnection")):
-            problem = f"rank {RANK} lost another process, whose message says why ({one_line(error)})"
-        else:
+        elif WORLD_SIZE == 1 or not ("gloo" in problem or "NCCL" in problem):
             raise
-    except KeyboardInterrupt as stop:
-        number, kept = stop.args or (signal.SIGINT, "")
-        if RANK == 0:
-            print(f"\nstopped{kept}", file=sys.stderr)
-        return 128 + number
-    if problem:
-        print("speedup_diffusion.py:", *problem.splitlines(), file=sys.stderr)
+    print(f"speedup_diffusion.py: {problem}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
     status = main()
-    if TORCHRUN and status:
+    if WORLD_SIZE > 1 and status:
         sys.stdout.flush()
-        os._exit(status)  # the end of an interpreter could wait for NCCL, which waits for the other processes
+        os._exit(status)  # the end of the interpreter could wait for NCCL, which waits for the others
     sys.exit(status)
