@@ -23,8 +23,8 @@ bench: $(VENV)/installed  # what each method costs: some minutes on two cores, w
 	$(PYTEST) -q -m bench
 
 check: $(VENV)/check  # style
-	$(RUN) -m ruff check --line-length 110 .
-	$(RUN) -m ruff format --check --line-length 110 .
+	$(RUN) -m ruff check --select E,F,I --line-length 120 .
+	$(RUN) -m ruff format --check --line-length 120 .
 
 # Every method on the digits with one budget, then the report: some four minutes a run on two cores.
 # make compare SEEDS="0 1"                             more than one seed

@@ -361,9 +361,7 @@ class AdaptiveSampler:
         device = alphas_cumprod.device
         grid, widths = geometric_bins(T, probe)
         if not 1 <= selected <= len(grid) or every < 1 or queue < 3 or not 0 < floor < 1:
-            raise ValueError(
-                f"adaptive: selected must lie in 1..{len(grid)}; every >= 1, queue >= 3, 0 < floor < 1"
-            )
+            raise ValueError(f"adaptive: selected must lie in 1..{len(grid)}; every >= 1, queue >= 3, 0 < floor < 1")
         if reward_weights is None:
             ab = alphas_cumprod.cpu().double()
             alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
@@ -667,7 +665,9 @@ class UNet(nn.Module):
 # Every data set ends as two uint8 tensors [N, C, size, size]: one to train on, one held out. From here on args
 # are the settings of the command line, section 8.
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs code
+
+def one_line(error):
+    return str(error).strip().partition("\n")[0].rstrip(":.") or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -677,10 +677,6 @@ def explained(problem):
         yield
     except Exception as error:
         raise UserError(f"{problem}: {one_line(error)}") from error
-
-
-def one_line(error):
-    return str(error).strip().partition("\n")[0].rstrip(":.") or type(error).__name__
 
 
 def render_digits(count, size=16, seed=0):
@@ -701,20 +697,7 @@ def render_digits(count, size=16, seed=0):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def read_image(path, size):
-    """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped."""
-    if not path.is_file():  # reading a pipe would never end
-        raise ValueError("no file, or a link that leads nowhere")
-    with Image.open(path, formats=FORMATS) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would clip these
-            raise ValueError("more than 8 bits a channel, convert it to 8 bits")
-        with contextlib.suppress(Exception):  # a broken EXIF block: the image stays as it lies
-            image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs code
 
 
 def find_images(folder):
@@ -738,8 +721,24 @@ def find_images(folder):
     return sorted(images)
 
 
+def read_image(path, size):
+    """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped."""
+    if not path.is_file():  # reading a pipe would never end
+        raise ValueError("no file, or a link that leads nowhere")
+    with Image.open(path, formats=FORMATS) as image:
+        if image.mode.startswith(("I", "F")):  # Pillow would clip these
+            raise ValueError("more than 8 bits a channel, convert it to 8 bits")
+        with contextlib.suppress(Exception):  # a broken EXIF block: the image stays as it lies
+            image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
 def read_folder(folder, size):
-    """uint8 [N, C, size, size] of the image files in and below folder; C = 1 if all are grey."""
+    """uint8 [N, 3, size, size] of the image files in and below folder. UserError names all that fail."""
     failed = []
 
     def read(path):
@@ -754,9 +753,7 @@ def read_folder(folder, size):
     if failed:
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
         raise UserError(f"mend or remove what cannot be read as an image: {', '.join(failed[:5])}{more}")
-    images = torch.stack(images)
-    grey = torch.equal(images[:, :1].expand_as(images), images)
-    return images[:, :1].clone() if grey else images
+    return torch.stack(images)
 
 
 def load_dataset(name, data_dir, size):
@@ -772,13 +769,8 @@ def load_dataset(name, data_dir, size):
         return images[order[:-held_out]], images[order[-held_out:]]
     from torchvision import datasets, transforms  # as slow to import as torch: a wrong flag is known sooner
 
-    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[
-        name
-    ]
-    problem = (
-        f"{name} is not in {data_dir} and cannot be downloaded; put its files there, or use --dataset folder"
-    )
-    with explained(problem):
+    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    with explained(f"{name} is not in {data_dir} and cannot be downloaded; take --dataset digits or folder"):
         parts = [torch.as_tensor(kind(data_dir, train, download=True).data) for train in (True, False)]
     parts = [part.view(*part.shape[:3], -1).permute(0, 3, 1, 2) for part in parts]  # grey ones are [N, H, W]
     return tuple(transforms.functional.resize(part, [size, size]) for part in parts)
@@ -822,29 +814,25 @@ def evaluate(model, diffusion, images, count=1024):
 
 
 def draw_samples(model, diffusion, args, channels, count, seed=0):
-    """uint8 [count, C, H, W] on the CPU, the same for the same seed. FloatingPointError: not finite."""
+    """uint8 [count, C, H, W] on the CPU, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     images = []
     for part in tqdm(torch.arange(count).split(256), "sampling", leave=False, disable=None):
         shape = (len(part), channels, args.image_size, args.image_size)
         images.append(diffusion.sample(model, shape, args.method, args.sampling_steps, args.eta, generator))
-    images = torch.cat(images).cpu()
-    if not images.isfinite().all():
-        raise FloatingPointError("the samples are not finite: the training of this model diverged")
-    return (images * 127.5 + 127.5).round().byte()
+    return (torch.cat(images).cpu() * 127.5 + 127.5).round().byte()
 
 
 def save_grid(images, path):
     """The first 64 of uint8 images [N, C, H, W] as one PNG, eight in a row, small ones enlarged."""
     from torchvision.utils import save_image
 
-    save_image(
-        F.interpolate(images[:64] / 255, scale_factor=max(1, 64 // images.shape[-1])), path, pad_value=0.5
-    )
+    enlarged = F.interpolate(images[:64] / 255, scale_factor=max(1, 64 // images.shape[-1]))
+    save_image(enlarged, path, pad_value=0.5)
 
 
 def digit_features():
-    """A function: float images [N, 3, H, W] in 0..255 -> [N, 64], the strokes a classifier of digits looks for.
+    """A function: float [N, 3, H, W] in 0..255 -> [N, 64], the strokes that a classifier of digits looks for.
 
     The classifier is trained here, on rendered digits, in about ten seconds: a measure without a download.
     """
@@ -871,7 +859,7 @@ def digit_features():
 
 
 def inception_features(device):
-    """The same by InceptionV3, [N, 2048], as clean-fid has it: its resizing of PNG files makes FIDs comparable."""
+    """The same by InceptionV3, [N, 2048], from PNG files by clean-fid: its resizing makes FIDs comparable."""
     from cleanfid.features import build_feature_extractor
     from cleanfid.fid import get_folder_features
     from torchvision.utils import save_image
@@ -882,8 +870,7 @@ def inception_features(device):
         with tempfile.TemporaryDirectory() as folder:
             for i, image in enumerate(images):
                 save_image(image / 255, f"{folder}/{i:06d}.png")
-            found = get_folder_features(folder, model, num_workers=0, device=device, verbose=False)
-        return torch.as_tensor(found)
+            return torch.as_tensor(get_folder_features(folder, model, 0, device=device, verbose=False))
 
     return features
 
@@ -906,9 +893,7 @@ class FrechetDistance:
     def __init__(self, features, device, images, published_cifar10=False):
         self.name = f"FD ({Path(features).name})" if features else "FID"
         self.device = device
-        problem = (
-            f"--fid-features {features} must be TorchScript, float images [N, 3, H, W] in 0..255 -> [N, D]"
-        )
+        problem = f"--fid-features {features} must be TorchScript, float images [N, 3, H, W] in 0..255 -> [N, D]"
         if features is None:
             problem = "FID needs clean-fid and what it downloads, or give --fid-features"
         with explained(problem):
@@ -918,7 +903,6 @@ class FrechetDistance:
                 self.features = torch.jit.load(features, device).eval()
             else:
                 self.features = inception_features(device)
-            self.statistics(images[:2])  # a trial, before what may take long
             if features is None and published_cifar10:
                 from cleanfid.features import get_reference_statistics
 
@@ -930,9 +914,7 @@ class FrechetDistance:
     @torch.no_grad()
     def statistics(self, images):
         """(mean [D], covariance [D, D]) of the features of uint8 images [N, C, H, W]; grey ones become RGB."""
-        parts = [
-            self.features(part.expand(-1, 3, -1, -1).float().to(self.device)) for part in images.split(256)
-        ]
+        parts = [self.features(part.expand(-1, 3, -1, -1).float().to(self.device)) for part in images.split(256)]
         found = torch.cat(parts).cpu().double()
         if found.dim() != 2 or len(found) != len(images) or not found.isfinite().all():
             raise ValueError(f"{len(images)} images give {list(found.shape)}, or what is not finite")
@@ -949,20 +931,11 @@ class FrechetDistance:
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
 PATIENCE = 10  # so many losses in a row that are not finite end a run
-COMPILE_FROM = 5_000  # steps: compiling takes a minute or two (an estimate)
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 
 
 def build_unet(args, channels):
-    shape = (
-        args.width,
-        args.mults,
-        args.num_blocks,
-        args.attention,
-        args.dropout,
-        args.image_size,
-        args.patch,
-    )
+    shape = (args.width, args.mults, args.num_blocks, args.attention, args.dropout, args.image_size, args.patch)
     return UNet(channels, *shape)
 
 
@@ -989,9 +962,7 @@ def build_strategy(args, ab, channels):
         options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy}
         if args.adaptive_authors:
             options = AdaptiveSampler.AUTHORS
-        return AdaptiveSampler(
-            ab, channels, weights if args.adaptive_reward == "loss" else None, **options
-        ), weights
+        return AdaptiveSampler(ab, channels, weights if args.adaptive_reward == "loss" else None, **options), weights
     return UniformSampler(T), weights
 
 
@@ -1020,24 +991,17 @@ class Training:
         self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
         self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, channels)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-        worth_it = device.type == "cuda" and args.steps >= COMPILE_FROM
-        if args.compile == "on" or (args.compile == "auto" and worth_it):
+        long_on_gpu = device.type == "cuda" and args.steps >= 5_000  # compiling takes a minute or two
+        if args.compile == "on" or (args.compile == "auto" and long_on_gpu):
             self.model.compile()
             self.ema.compile()
         # DDP averages the gradients of what passes through it; all else calls the bare model.
         self.ddp_model = self.model
         if WORLD_SIZE > 1:
             self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), weight_decay=0.0, fused=device.type != "mps"
-        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=device.type != "mps")
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.parts = {
-            "model": self.model,
-            "ema": self.ema,
-            "optimizer": self.optimizer,
-            "scaler": self.scaler,
-        }
+        self.parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
         if args.strategy == "adaptive":
             self.parts["sampler"] = self.sampler
         self.step = 0
@@ -1049,21 +1013,19 @@ class Training:
         self.order = None  # of this epoch's images, drawn when it is needed
 
     def state_dict(self):
-        plain = {
-            name: getattr(self, name)
-            for name in ("step", "seconds", "rows", "probs", "losses", "bad_in_a_row")
-        }
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        return plain | parts | {"args": settings_of(self.args), "channels": self.images.shape[1]}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {name: getattr(self, name) for name in ("step", "seconds", "rows", "probs")}
+        state |= {"losses": self.losses, "bad_in_a_row": self.bad_in_a_row}
+        return state | {"args": settings_of(self.args), "channels": self.images.shape[1]}
 
     def load_state_dict(self, state):
+        for name, part in self.parts.items():
+            if state[name]:  # the scaler's is empty unless the run was fp16
+                part.load_state_dict(state[name])
         for name in ("step", "seconds", "rows", "probs"):
             setattr(self, name, state[name])
         self.losses = [loss.to(self.device) for loss in state["losses"]]
         self.bad_in_a_row = state["bad_in_a_row"].to(self.device)
-        for name, part in self.parts.items():
-            if state[name]:  # the scaler's is empty unless the run was fp16
-                part.load_state_dict(state[name])
 
     def batch(self):
         """The next images, float [B, C, H, W]: each epoch in its own order, less an incomplete last batch."""
@@ -1133,12 +1095,12 @@ class Training:
         """Add a row to metrics.csv, with the EMA model's figures where held_out or distance are given."""
         args = self.args
         losses = [loss for loss in torch.stack(self.losses).tolist() if math.isfinite(loss)]
+        group = self.optimizer.param_groups[0]
         row = dict.fromkeys(METRICS)
-        row.update(step=self.step, images=self.step * args.batch_size, seconds=self.seconds)
-        row.update(loss=sum(losses) / max(1, len(losses)), lr=self.optimizer.param_groups[0]["lr"])
-        row.update(beta1=self.optimizer.param_groups[0]["betas"][0])
-        drawn_by = (self.predict, self.diffusion, args, self.images.shape[1])
+        row |= {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
+        row |= {"loss": sum(losses) / max(1, len(losses)), "lr": group["lr"], "beta1": group["betas"][0]}
         text = f"step {self.step}: loss {row['loss']:.4f}"
+        drawn_by = (self.predict, self.diffusion, args, self.images.shape[1])
         if held_out is not None:
             row["val_mse"], row["val_vlb"] = evaluate(self.predict, self.diffusion, held_out)
             save_grid(draw_samples(*drawn_by, 64), folder / f"samples-{self.step}.png")
@@ -1149,8 +1111,8 @@ class Training:
         self.rows.append(row)
         write_rows(self.rows, folder)
         if held_out is not None or distance is not None:
-            first = self.rows[0]  # counted from there, as the steps before it may compile
-            pace = (row["images"] - first["images"]) / (row["seconds"] - first["seconds"] or math.inf)
+            images = row["images"] - self.rows[0]["images"]  # the steps before the first row may compile
+            pace = images / max(self.seconds - self.rows[0]["seconds"], 1e-9)
             tqdm.write(f"{text}, {pace:.4g} images/s")
 
 
@@ -1291,9 +1253,7 @@ def prepare(args, device):
     real = held_out[: args.fid_samples]
     if len(real) > 1:
         noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
-        print(
-            f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, of noise {distance(noise):.4g}"
-        )
+        print(f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, of noise {distance(noise):.4g}")
     return images, held_out, distance
 
 
@@ -1317,10 +1277,7 @@ def train(args, checkpoint):
         names = [name for name in names[: 3 + args.momentum_decay] if name != "auto"]
         folder = Path(args.resume) if args.resume else new_folder(args.out or f"runs/{'-'.join(names)}")
         config = settings_of(args) | {"device": str(device), "torch": torch.__version__}
-        config |= {
-            "data": f"{len(images)} images {list(images.shape[1:])}",
-            "features": distance and distance.name,
-        }
+        config |= {"data": f"{len(images)} images {list(images.shape[1:])}", "features": distance and distance.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_rows(run.rows, folder)
         weights = sum(p.numel() for p in run.model.parameters())
@@ -1409,18 +1366,12 @@ def report(folders, out):
         config = run[1]
         for key in COMPARED:
             if config[key] != base[key]:
-                raise UserError(
-                    f"--report: {key} is {base[key]} in {folders[0]} but {config[key]} in {run[0]}"
-                )
-        changed = [
-            f"{key} {config[key]}" for key in config if key not in FREE and config[key] != base.get(key)
-        ]
+                raise UserError(f"--report: {key} is {base[key]} in {folders[0]} but {config[key]} in {run[0]}")
+        changed = [f"{key} {config[key]}" for key in config if key not in FREE and config[key] != base.get(key)]
         groups.setdefault(", ".join([config["strategy"], *changed]), []).append(run)
     baseline = next(iter(groups.values()))
     label = base["features"] or "FID"
-    print(
-        f"| strategy | runs | {label} | speed-up | val_vlb | speed-up | val_mse | speed-up | seconds a step |"
-    )
+    print(f"| strategy | runs | {label} | speed-up | val_vlb | speed-up | val_mse | speed-up | seconds a step |")
     print("|---" * 9 + "|")
     for setting, members in groups.items():
         cells = [setting, str(len(members))]
@@ -1467,25 +1418,10 @@ def draw(groups, label, out):
 
 # What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes.
 # cifar10: as the adaptive sampler's authors have it, but for their quad schedule; the others follow from it.
-DIGITS = {
-    "image_size": 16,
-    "patch": 2,
-    "width": 48,
-    "mults": [1, 1],
-    "num_blocks": 1,
-    "steps": 1600,
-    "lr": 2e-3,
-}
+DIGITS = {"image_size": 16, "patch": 2, "width": 48, "mults": [1, 1], "num_blocks": 1, "steps": 1600, "lr": 2e-3}
 DIGITS |= {"ema_decay": 0.998, "fid_samples": 512, "fid_features": "digits"}
 MNIST = {"image_size": 28, "width": 64, "mults": [1, 2, 2], "steps": 20_000, "lr": 1e-3, "ema_decay": 0.999}
-CIFAR10 = {
-    "image_size": 32,
-    "width": 128,
-    "mults": [1, 2, 2, 2],
-    "attention": [16],
-    "dropout": 0.1,
-    "flip": True,
-}
+CIFAR10 = {"image_size": 32, "width": 128, "mults": [1, 2, 2, 2], "attention": [16], "dropout": 0.1, "flip": True}
 CIFAR10 |= {"steps": 100_000, "lr": 2e-4, "ema_decay": 0.9999}
 PRESETS = {"digits": DIGITS, "mnist": MNIST, "fashion-mnist": MNIST, "cifar10": CIFAR10, "folder": CIFAR10}
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
@@ -1519,59 +1455,34 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """All flags but --help. What a data set decides gets its default from PRESETS."""
-    options = {
-        "formatter_class": argparse.ArgumentDefaultsHelpFormatter,
-        "description": __doc__.split("\n")[0],
-    }
+    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "description": __doc__.split("\n")[0]}
     parser = Parser(allow_abbrev=False, add_help=False, **options)
     add = parser.add_argument
     weightings = ("auto", "none", "change-aware", "min-snr")
     add("--strategy", choices=STRATEGIES, default="uniform", help="how timesteps are drawn")
     add("--weighting", choices=weightings, default="auto", help="auto: change-aware for speed, else none")
     add("--momentum-decay", action="store_true", help="lower beta1 and lr as training goes on")
-    add(
-        "--speed-variant",
-        choices=("paper", "code"),
-        default="paper",
-        help="SpeeD's formula or its authors' runs",
-    )
+    add("--speed-variant", choices=("paper", "code"), default="paper", help="SpeeD's formula or its authors' runs")
     add("--speed-k", type=POSITIVE, default=5.0, help="SpeeD: t < tau is drawn k times as often")
     add("--speed-tau", type=COUNT, help="SpeeD: 1..T; None: the number of t with alphas_cumprod >= 0.0069")
     add("--speed-lam", type=SHARE, default=0.6, help="change-aware weights lie in [1 - lam, lam]")
     add("--curriculum-mu", type=SHARE, default=0.3, help="centre of the Gaussian, in units of T")
     add("--curriculum-sigma", type=POSITIVE, default=0.5, help="its width, in units of T")
-    add(
-        "--adaptive-reward",
-        choices=("bound", "loss"),
-        default="bound",
-        help="what the policy is to lower fast",
-    )
+    add("--adaptive-reward", choices=("bound", "loss"), default="bound", help="what the policy is to lower fast")
     add("--adaptive-every", type=COUNT, default=10, help="steps between updates of the policy")
     add("--adaptive-lr", type=POSITIVE, default=1e-3, help="learning rate of the policy")
     add("--adaptive-entropy", type=POSITIVE, default=0.05, help="weight of the policy's entropy")
     add("--adaptive-authors", action="store_true", help="reward, probe and pace as in the authors' code")
-    add(
-        "--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images"
-    )
+    add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
     add("--image-size", type=COUNT, help="side of the square images")
-    add(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="mirror half of the training images",
-    )
+    add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the training images")
     add("--schedule", choices=("linear", "cosine", "quad"), default="linear", help="how fast the noise grows")
     add("--timesteps", type=COUNT, default=1000, help="T")
     add("--width", type=COUNT, help="channels of the first level")
     add("--mults", type=COUNT, nargs="+", help="channels of each level, in units of width")
     add("--num-blocks", type=COUNT, default=2, help="residual blocks of a level")
-    add(
-        "--attention",
-        type=COUNT,
-        nargs="*",
-        help="feature map sides with attention; None: the lowest level's",
-    )
+    add("--attention", type=COUNT, nargs="*", help="feature map sides with attention; None: the lowest level's")
     add("--dropout", type=SHARE, default=0.0, help="in the residual blocks")
     add("--patch", type=COUNT, default=1, help="pixel-unshuffle factor in front of the U-Net")
     add("--steps", type=COUNT, help="training steps")
@@ -1581,22 +1492,12 @@ def make_parser():
     add("--warmup", type=COUNT, help="steps to the full learning rate; None: 5%% of the steps")
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
     add("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
-    add(
-        "--seed",
-        type=within(int, 0, 10**9),
-        default=0,
-        help="of model, order, noise and timesteps, not of the digits",
-    )
+    add("--seed", type=within(int, 0, 10**9), default=0, help="of model, order, noise and timesteps, not of the digits")
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
     add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: --eval-every")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16 or fp16")
-    add(
-        "--compile",
-        choices=("auto", "off", "on"),
-        default="auto",
-        help=f"auto: on CUDA from {COMPILE_FROM} steps",
-    )
+    add("--compile", choices=("auto", "off", "on"), default="auto", help="auto: on CUDA from 5,000 steps")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
     add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
     add("--eta", type=SHARE, default=0.0, help="noise of ddim: 0 none, 1 as much as ddpm")
@@ -1607,22 +1508,10 @@ def make_parser():
         help="samples for the Frechet distance at the end; 0: none",
     )
     add("--fid-every", type=COUNT, help="measure it every so many steps, too")
-    add(
-        "--fid-features",
-        help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID",
-    )
+    add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
     add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
-    add(
-        "--resume",
-        metavar="RUN",
-        help="go on with the run in this folder; flags beside it change its settings",
-    )
-    add(
-        "--generate",
-        type=COUNT,
-        metavar="N",
-        help="write N samples of --checkpoint as PNG files, train nothing",
-    )
+    add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
+    add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
     add("--report", nargs="+", metavar="RUN", help="compare runs in a table, the first being the baseline")
     return parser
@@ -1674,9 +1563,7 @@ def check_settings(args):
 def check_resume(args, checkpoint):
     """UserError where fewer steps are asked than done. Distances measured otherwise are dropped: never mixed."""
     if checkpoint["step"] > args.steps:
-        raise UserError(
-            f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}"
-        )
+        raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
     names = ("fid_samples", "fid_features", "method", "sampling_steps", "eta")
     if any(getattr(args, name) != checkpoint["args"][name] for name in names):
         for row in checkpoint["rows"]:

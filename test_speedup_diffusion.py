@@ -346,9 +346,7 @@ def test_adaptive_rewards_each_image_by_the_fall_of_the_loss_on_the_same_noise(r
     diffusion = sd.GaussianDiffusion("linear", 100)
     model = Scaled()
     rewards = []
-    sampler = sd.AdaptiveSampler(
-        diffusion.alphas_cumprod, 1, reward_weights, every=4, selected=2, queue=3, probe=10
-    )
+    sampler = sd.AdaptiveSampler(diffusion.alphas_cumprod, 1, reward_weights, every=4, selected=2, queue=3, probe=10)
     sampler.update_policy = rewards.append
     coefficients = diffusion.vlb_coefficients if reward_weights is None else reward_weights
     x0 = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 1, 8, 8)  # known by their level
@@ -613,7 +611,8 @@ def test_an_odd_image_is_read_right_or_refused_by_name(tmp_path, name, write, ex
     else:
         os.link(tmp_path / name, tmp_path / f"again {name}")
         train, _ = sd.load_dataset("folder", tmp_path, 8)
-        assert train.flatten(2).unique(dim=2)[0].tolist() == [[level] for level in expected]
+        colour = expected if len(expected) == 3 else 3 * expected
+        assert train.flatten(2).unique(dim=2)[0].tolist() == [[level] for level in colour]
 
 
 def test_all_unreadable_files_are_named_at_once(tmp_path):
@@ -674,9 +673,7 @@ def test_the_frechet_distance_is_scipys():
     mean_one, cov_one, mean_two, cov_two = one.mean(0), one.T.cov(), two.mean(0), two.T.cov()
     root = scipy.linalg.sqrtm((cov_one @ cov_two).numpy()).real
     expected = (mean_one - mean_two).square().sum() + (cov_one + cov_two).trace() - 2 * np.trace(root)
-    assert sd.frechet_distance(mean_one, cov_one, mean_two, cov_two) == pytest.approx(
-        expected.item(), rel=1e-9
-    )
+    assert sd.frechet_distance(mean_one, cov_one, mean_two, cov_two) == pytest.approx(expected.item(), rel=1e-9)
     assert abs(sd.frechet_distance(mean_one, cov_one, mean_one, cov_one)) < 1e-9
 
 
@@ -685,9 +682,7 @@ def test_fid_is_that_of_clean_fid(published, channels, monkeypatch, here):
     from cleanfid import fid
 
     # clean-fid calls a SciPy function with an argument that SciPy 1.18 no longer has.
-    monkeypatch.setattr(
-        "scipy.linalg.sqrtm", lambda matrix, disp=True, root=scipy.linalg.sqrtm: (root(matrix), 0)
-    )
+    monkeypatch.setattr("scipy.linalg.sqrtm", lambda matrix, disp=True, root=scipy.linalg.sqrtm: (root(matrix), 0))
     monkeypatch.setattr("cleanfid.features.feature_extractor", lambda name, **_: Pooled())
     monkeypatch.setattr("cleanfid.features.check_download_url", lambda url, **_: Path(url).name)
     np.savez("cifar10_clean_train_32.npz", mu=np.arange(16), sigma=np.eye(16))
@@ -807,9 +802,7 @@ def test_a_run_learns_says_what_it_measures_and_leaves_its_results(here, capsys)
     assert float(rows[80]["val_mse"]) < 0.8 * float(rows[40]["val_mse"])
     model = sd.build_unet(settings(), 1)
     model.load_state_dict(checkpoint(run)["ema"])
-    expected = sd.evaluate(
-        model.eval(), sd.GaussianDiffusion("linear", 50), sd.load_dataset("digits", "", 16)[1]
-    )
+    expected = sd.evaluate(model.eval(), sd.GaussianDiffusion("linear", 50), sd.load_dataset("digits", "", 16)[1])
     assert (float(rows[80]["val_mse"]), float(rows[80]["val_vlb"])) == pytest.approx(expected, rel=1e-4)
     beta1, lr_scale = sd.momentum_decay(79 / 80)
     assert (float(rows[80]["beta1"]), float(rows[80]["lr"])) == pytest.approx((beta1, 1e-2 * lr_scale))
@@ -846,9 +839,7 @@ def test_strategies_share_model_images_noise_and_dropout_and_weigh_the_mse(monke
         sampler.probs = run.sampler.probs if strategy == "adaptive" else sampler.probs
         weights = sd.normalize_weights(raw_weights, sampler.probs)
         loss = (weights[t[0]] * noise[0].square().mean((1, 2, 3))).mean()
-        assert run.losses[0].item() == pytest.approx(
-            loss.item(), rel=0.02 if strategy == "adaptive" else 1e-4
-        )
+        assert run.losses[0].item() == pytest.approx(loss.item(), rel=0.02 if strategy == "adaptive" else 1e-4)
     assert len(timesteps) == 5 * 6
     mirrored = torch.cat(x0)[:, None].flip(-1) == sd.to_float(sd.render_digits(64)[0])
     assert 25 < mirrored.flatten(2).all(2).any(1).sum() < 71  # of 96
@@ -873,9 +864,7 @@ def test_the_flags_of_each_method_reach_it(monkeypatch):
     ):
         args = settings("--timesteps", "1000", "--strategy", *flags.split())
         sampler, raw_weights = sd.build_strategy(args, ab, 1)
-        assert len(sampler.sample(images_of(1), 20)) == len(
-            expected.sample(images_of(1), 20)
-        )  # the curriculum moves
+        assert len(sampler.sample(images_of(1), 20)) == len(expected.sample(images_of(1), 20))  # the curriculum moves
         assert_same_tensors([sampler.probs, raw_weights], [expected.probs, weights])
 
 
@@ -959,9 +948,7 @@ def test_a_second_signal_has_its_default_effect(here):
         sd.Training.train_step = twice
         sys.exit(sd.main(sys.argv[1:]))"""
     environment = os.environ | {"PYTHONPATH": str(Path(sd.__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *TINY], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, *TINY], env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGTERM
     assert done.stdout.splitlines()[-1] == "first"
 
@@ -1000,9 +987,7 @@ def test_the_average_forgets_the_random_start():
     for step in range(4):
         run.train_step()
         now = run.model.stem.weight.detach().clone()
-        expected = (
-            now.lerp(expected, min(0.5, (1 + step) / (10 + step))) if step else run.ema.stem.weight.clone()
-        )
+        expected = now.lerp(expected, min(0.5, (1 + step) / (10 + step))) if step else run.ema.stem.weight.clone()
     torch.testing.assert_close(run.ema.stem.weight, expected)
 
 
@@ -1029,9 +1014,7 @@ def test_checkpoint_every_bounds_what_a_crash_loses(here):
 
 
 def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(here, capsys):
-    with before_steps(
-        {2, *range(6, 15), *range(17, 40)}, spoil_the_loss
-    ):  # a checkpoint is due in each streak
+    with before_steps({2, *range(6, 15), *range(17, 40)}, spoil_the_loss):  # a checkpoint is due in each streak
         with before_steps({9}, raise_signal(signal.SIGTERM)):
             assert sd.main([*TINY, "--steps", "40", "--eval-every", "4", "--out", "run"]) == 143
         assert sd.main(["--resume", "run"]) == 1
@@ -1153,12 +1136,8 @@ def test_two_ranks_stay_the_same_with_the_gradient_of_one_process(two_ranks, str
     _, two, other_half = torch.load(f"{two_ranks[0]}/{strategy}-1.pt", weights_only=True)
     assert_same_tensors(one, two)
     assert one["step"] == 5
-    assert sum(not loss.isfinite() for loss in one["losses"]) == (
-        strategy == "speed"
-    )  # for a loss of rank 1 alone
-    run = sd.Training(
-        settings(*ADAPTING, strategy), sd.load_dataset("digits", "data", 16)[0], torch.device("cpu")
-    )
+    assert sum(not loss.isfinite() for loss in one["losses"]) == (strategy == "speed")  # for a loss of rank 1 alone
+    run = sd.Training(settings(*ADAPTING, strategy), sd.load_dataset("digits", "data", 16)[0], torch.device("cpu"))
     run.load_state_dict(before)
     x0, t, noise = (torch.cat(parts) for parts in zip(half, other_half))
     assert torch.equal(x0, run.batch())
@@ -1242,9 +1221,7 @@ def test_the_report_compares_each_run_with_the_baselines_mean_curve_and_draws(he
 
 def test_make_compare_runs_flags_that_exist():
     make = ["env", "-u", "MAKEFLAGS", "make", "-nB", "compare", "SEEDS=0 1", "RESULTS=nowhere"]
-    shown = subprocess.run(
-        make, cwd=Path(sd.__file__).parent, capture_output=True, text=True, check=True
-    ).stdout
+    shown = subprocess.run(make, cwd=Path(sd.__file__).parent, capture_output=True, text=True, check=True).stdout
     rows = re.findall(r"run (\S+) (--.*?);", shown)
     assert len(rows) >= 12
     assert {settings(*flags.split()).strategy for _, flags in rows} == set(sd.STRATEGIES)
@@ -1275,9 +1252,7 @@ NUMBERS = (
     "--fid-samples",
     "--adaptive-lr",
 )
-BAD_INPUT += [
-    f"{flag}={bad}" for flag in NUMBERS for bad in ("", "many", "nan", "inf", "-1", "1e30", "9" * 40)
-]
+BAD_INPUT += [f"{flag}={bad}" for flag in NUMBERS for bad in ("", "many", "nan", "inf", "-1", "1e30", "9" * 40)]
 
 
 class Malicious:  # unpickling it makes a file
@@ -1289,9 +1264,7 @@ class Malicious:  # unpickling it makes a file
 def places(tmp_path_factory):
     """A run, and files that are wrong in one way each."""
     root = tmp_path_factory.mktemp("places")
-    assert (
-        sd.main([*TINY, "--strategy", "adaptive", "--adaptive-every", "2", "--out", str(root / "made")]) == 0
-    )
+    assert sd.main([*TINY, "--strategy", "adaptive", "--adaptive-every", "2", "--out", str(root / "made")]) == 0
     (root / "broken.png").write_bytes(b"no picture")
     (root / "cut.pt").write_bytes((root / "made/checkpoint.pt").read_bytes()[:9999])
     torch.save({"weights": torch.zeros(3)}, root / "other.pt")
@@ -1376,7 +1349,7 @@ def test_every_flag_the_readme_names_exists():
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme()))
     assert len(named) > 20
-    assert named <= torchrun | {*sd.make_parser()._option_string_actions}
+    assert named <= others | {*sd.make_parser()._option_string_actions}
 
 
 # Minutes long
@@ -1438,9 +1411,7 @@ def test_bench(capsys):
     setups = ["--batch-size 64", "--batch-size 256"]
     if device.type == "cuda":
         model = "--dataset cifar10 --batch-size 256 --fid-samples 0"
-        setups = [
-            f"{model} --amp {amp} --compile {on}" for amp in ("off", "bf16", "fp16") for on in ("off", "on")
-        ]
+        setups = [f"{model} --amp {amp} --compile {on}" for amp in ("off", "bf16", "fp16") for on in ("off", "on")]
     for flags in setups:
         args = sd.parse_args(flags.split())[0]
         channels = 3 if args.dataset == "cifar10" else 1
@@ -1454,9 +1425,7 @@ def test_bench(capsys):
         for number in range(25):
             for method in random.sample(list(built), len(built)):
                 run.args, run.sampler, run.raw_weights = built[method]
-                run.step = (
-                    40 * number
-                )  # where the authors' pace has a probe, too; it is counted for a quarter
+                run.step = 40 * number  # where the authors' pace has a probe, too; it is counted for a quarter
                 begin = time.perf_counter()
                 for _ in range(10):
                     run.train_step()
@@ -1466,9 +1435,7 @@ def test_bench(capsys):
         with capsys.disabled():
             print(f"\n| {flags} | images/s | of uniform's time |\n|---|---|---|")
             for method in built:
-                ratio = np.median(
-                    np.divide(seconds[method], seconds["uniform"])[1:]
-                )  # the first round warms up
+                ratio = np.median(np.divide(seconds[method], seconds["uniform"])[1:])  # the first round warms up
                 speed = 10 * args.batch_size / np.median(seconds[method])
                 print(f"| {method} | {speed:.0f} | {ratio:.3f} |", flush=True)
 
