@@ -286,16 +286,16 @@ def average_over_processes(tensor):
 def policy_network(in_channels):
     """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5 for every image.
 
-    Three convolutions and three linear layers as in the authors' code. Images are pooled to 16x16 first, so
-    that they may have any size.
+    Three convolutions and three linear layers as in the authors' code. Images are pooled to 8x8 first, which
+    is cheap and lets them have any size.
     """
-    layers = [torch.nn.AdaptiveAvgPool2d(16)]
+    layers = [torch.nn.AdaptiveAvgPool2d(8)]
     for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
         layers.append(torch.nn.Conv2d(c_in, c_out, 3, padding=1))
         layers.append(torch.nn.MaxPool2d(2))  # before the ReLU: the same result for a quarter of its work
         layers.append(torch.nn.ReLU())
     layers.append(torch.nn.Flatten())
-    for c_in in (128 * 2 * 2, 256):
+    for c_in in (128, 256):
         layers.append(torch.nn.Linear(c_in, 256))
         layers.append(torch.nn.ReLU())
     last = torch.nn.Linear(256, 2)
@@ -325,23 +325,25 @@ class AdaptiveSampler:
     Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after
     it, L_t = reward_weights[t] times the epsilon-MSE at t:
       1. Delta^t of ONE image at `probe` timesteps enters a queue of `queue`;
-      2. Delta^t of EVERY image, summed over the `selected` timesteps S, is its reward r;
-      3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), A = (r - mean r) / std r, one step of Adam;
-      4. S becomes the `selected` timesteps whose column of the queue best predicts the sum over all t (largest
-         r^2, which ranks as scikit-learn's f_regression, which the authors use).
+      2. Delta^t of EVERY image at the `selected` timesteps S makes its advantage A: standardised over the
+         batch for each t, summed over S, and standardised again;
+      3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
+      4. S becomes the timesteps whose column of the queue best predicts the sum of Delta over all t (largest
+         r^2, which ranks as scikit-learn's f_regression, which the authors use): one of each third of the probe.
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training",
     arXiv:2411.09998 (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, Adam,
-    gradient norm 1. AUTHORS holds what else is theirs, as arguments: their reward (r + entropy H in place of A,
-    a product), all T timesteps probed, and their pace.
-    Ours: the advantage A, because their entropy term drowns r; before and after share x_t and noise, so that
-    Delta shows the update and not the draw, and are measured without dropout; probes lie denser at small t,
-    each counted by the timesteps it stands for; `floor`, so that no t dies out; the bins in place of
+    gradient norm 1. AUTHORS holds more of theirs, as arguments: their reward (the sum of Delta over S plus
+    entropy H, in place of A), all T timesteps probed, and their pace.
+    Ours: A, because their entropy term drowns the reward; before and after share x_t and noise, so that Delta
+    shows the update and not the draw, and are measured without dropout; probes lie denser at small t, each
+    counted by the timesteps it stands for; S is spread, as small t alone tell little at the start, when the
+    policy must begin to move; Adam's beta2 of 0.99; `floor`, so that no t dies out; the bins in place of
     t = round(u (T - 1)).
     reward_weights: [T], None for the bound's coefficients (the paper's reward), less those of timesteps whose
-    beta is capped at 0.999: on the cosine schedule such a one would be nearly all of the reward. The loss
-    weights, for a policy that lowers the loss that is trained, are our own variant.
+    beta is capped at 0.999: on the cosine schedule such a one is nearly all of the bound. The loss weights,
+    for a policy that lowers the loss that is trained, are our own variant.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
     policy at every step.
 
@@ -374,7 +376,7 @@ class AdaptiveSampler:
         self.floor = floor
         self.advantage = advantage
         self.policy = policy_network(in_channels).to(device)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr, betas=(0.9, 0.99))
         self.grid = grid.to(device)
         self.widths = widths.to(device)
         u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
@@ -382,7 +384,7 @@ class AdaptiveSampler:
         # The state of a run: the policy and its optimiser, and
         self.queue = torch.zeros(queue, len(grid), device=device)
         self.filled = 0  # how many probes entered the queue so far
-        self.selected = self.grid[:selected].clone()
+        self.selected = torch.stack([part[len(part) // 2] for part in self.grid.tensor_split(selected)])
         self.probs = torch.full((T,), 1 / T, device=device)  # of the last batch, mean over its images
         # Between the calls of one step:
         self._batch = ()  # sample leaves (x0, t)
@@ -434,26 +436,25 @@ class AdaptiveSampler:
         self._probe = ()
         delta = torch.nan_to_num(before - self._weighted_mse(model, x_t, t, noise), 0.0, 0.0, 0.0)
         probed = delta[: len(self.grid)]
-        rewards = delta[len(self.grid) :].view(len(self.selected), -1).sum(0)
-        self.update_policy(rewards)
+        self.update_policy(delta[len(self.grid) :].view(len(self.selected), -1))
         self.queue[self.filled % len(self.queue)] = average_over_processes(probed)
         self.filled += 1
         if self.filled >= 3:  # two points always lie on a line
             best = self.most_predictive(self.queue[: self.filled], self.widths, len(self.selected))
             self.selected = self.grid[best]
 
-    def update_policy(self, reward):
-        """One REINFORCE step on the images drawn last; reward [B], larger is better."""
+    def update_policy(self, deltas):
+        """One REINFORCE step on the images drawn last; deltas [selected, B], larger is better."""
         x0, t = self._batch
         distribution = self.distribution(x0)
         # Counted as densities over (0, 1), as a Beta distribution has them: the authors' product depends on it.
         log_density = distribution.log_prob(t) + math.log(len(self.probs))
         entropy = distribution.entropy() - math.log(len(self.probs))
         if self.advantage:
-            advantage = (reward - reward.mean()) / (reward.std() + 1e-12)
+            advantage = self.standardize(self.standardize(deltas).sum(0))
             loss = -(advantage * log_density + self.entropy * entropy).mean()
         else:
-            loss = -((reward + self.entropy * entropy) * log_density).mean()
+            loss = -((deltas.sum(0) + self.entropy * entropy) * log_density).mean()
         self.optimizer.zero_grad()
         loss.backward()
         for p in self.policy.parameters():
@@ -462,12 +463,21 @@ class AdaptiveSampler:
         self.optimizer.step()
 
     @staticmethod
+    def standardize(x):
+        """x less its mean over the last dimension, divided by its standard deviation."""
+        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, correction=0, keepdim=True) + 1e-12)
+
+    @staticmethod
     def most_predictive(deltas, widths, count):
-        """Indices [count], ascending, of the columns of deltas [n, G] most correlated with deltas @ widths."""
+        """Indices [count]: in each of count equal parts of the columns of deltas [n, G], the most predictive one.
+
+        It has the largest squared correlation with deltas @ widths.
+        """
         x = deltas - deltas.mean(0)
         y = x @ widths.to(x.dtype)
-        r2 = (y @ x) ** 2 / (x.square().sum(0) * y.square().sum())
-        return torch.nan_to_num(r2, -1.0).topk(count).indices.sort().values
+        r2 = torch.nan_to_num((y @ x) ** 2 / (x.square().sum(0) * y.square().sum()), -1.0)
+        parts = torch.arange(len(r2), device=r2.device).tensor_split(count)
+        return torch.cat([part[r2[part].argmax(0, keepdim=True)] for part in parts])  # without waiting for a GPU
 
     def state_dict(self):
         state = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -1111,8 +1121,9 @@ class Training:
         self.rows.append(row)
         write_rows(self.rows, folder)
         if held_out is not None or distance is not None:
-            images = row["images"] - self.rows[0]["images"]  # the steps before the first row may compile
-            pace = images / max(self.seconds - self.rows[0]["seconds"], 1e-9)
+            # The pace since the first row: the steps before it are slow, as they may compile.
+            since = self.rows[0] if len(self.rows) > 1 else {"images": 0, "seconds": 0.0}
+            pace = (row["images"] - since["images"]) / (row["seconds"] - since["seconds"])
             tqdm.write(f"{text}, {pace:.4g} images/s")
 
 
@@ -1271,10 +1282,17 @@ def train(args, checkpoint):
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint does not fit these settings"):
             run.load_state_dict(checkpoint)
+        measured = ("fid_samples", "fid_features", "method", "sampling_steps", "eta")
+        if any(getattr(args, name) != checkpoint["args"][name] for name in measured):
+            for row in run.rows:  # never mix distances that were measured differently
+                row["fid"] = None
     folder = None
     if RANK == 0:
-        names = [args.dataset, args.strategy, args.weighting, "momentum-decay"]
-        names = [name for name in names[: 3 + args.momentum_decay] if name != "auto"]
+        names = [args.dataset, args.strategy]
+        if args.weighting != "auto":
+            names.append(args.weighting)
+        if args.momentum_decay:
+            names.append("momentum-decay")
         folder = Path(args.resume) if args.resume else new_folder(args.out or f"runs/{'-'.join(names)}")
         config = settings_of(args) | {"device": str(device), "torch": torch.__version__}
         config |= {"data": f"{len(images)} images {list(images.shape[1:])}", "features": distance and distance.name}
@@ -1535,13 +1553,11 @@ def parse_args(argv=None):
     args.checkpoint_every = args.checkpoint_every or args.eval_every
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
     if not args.report:
-        check_settings(args)
-    if args.resume:
-        check_resume(args, checkpoint)
+        check_settings(args, checkpoint)
     return args, checkpoint
 
 
-def check_settings(args):
+def check_settings(args, checkpoint):
     """UserError where settings clash. What a class itself refuses is found by building it, without weights."""
     if args.out and os.path.exists(args.out):
         raise UserError(f"--out {args.out} exists: name a new folder")
@@ -1551,6 +1567,8 @@ def check_settings(args):
         raise UserError(f"--sampling-steps {args.sampling_steps} must lie in 1..{args.timesteps}")
     if args.fid_samples == 1:
         raise UserError("--fid-samples 1: a distance needs at least 2 samples")
+    if args.resume and checkpoint["step"] > args.steps:
+        raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
     try:
         momentum_decay(0.0, args.beta1)
         build_strategy(args, GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod, 3)
@@ -1558,16 +1576,6 @@ def check_settings(args):
             build_unet(args, 3)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def check_resume(args, checkpoint):
-    """UserError where fewer steps are asked than done. Distances measured otherwise are dropped: never mixed."""
-    if checkpoint["step"] > args.steps:
-        raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
-    names = ("fid_samples", "fid_features", "method", "sampling_steps", "eta")
-    if any(getattr(args, name) != checkpoint["args"][name] for name in names):
-        for row in checkpoint["rows"]:
-            row["fid"] = None
 
 
 def main(argv=None):
