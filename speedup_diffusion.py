@@ -11,6 +11,9 @@
 
 Contents: 1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Report
 8 Command line
+
+Measured on rendered digits, two CPU cores, two seeds: to where uniform sampling ends, SpeeD's code form takes 2.1
+times fewer steps by the Frechet distance, the adaptive sampler 2.9 times by the variational bound (README).
 """
 
 import argparse
@@ -343,7 +346,8 @@ class AdaptiveSampler:
     t = round(u (T - 1)).
     reward_weights: [T], None for the bound's coefficients (the paper's reward), less those of timesteps whose
     beta is capped at 0.999: on the cosine schedule such a one is nearly all of the bound. The loss weights,
-    for a policy that lowers the loss that is trained, are our own variant.
+    for a policy that lowers the loss that is trained, are our own variant. As A standardises each t of S, these
+    weights decide which t become S, not how much each counts.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
     policy at every step.
 
@@ -1425,8 +1429,8 @@ def draw(groups, label, out):
         axes[2].plot(probs[max(probs)] * len(probs[max(probs)]), **style)
     axes[0].set(xlabel="step", ylabel=label, yscale="log")
     axes[1].set(xlabel="step", ylabel="val_vlb", yscale="log")
-    axes[2].set(xlabel="t", ylabel="T P(t) at the end")
-    axes[1].legend(fontsize="small")
+    axes[2].set(xlabel="t", ylabel="T P(t) at the end", yscale="log")
+    figure.legend(handles=axes[1].lines, loc="outside lower center", ncols=2)
     folder = new_folder(out or "runs/report")
     figure.savefig(folder / "report.png")
     print(f"\nreport.png in {folder}")
