@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -914,6 +915,7 @@ class FrechetDistance:
             if features == "digits":
                 self.features = digit_features()
             elif features:
+                warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # it is to be replaced one day
                 self.features = torch.jit.load(features, device).eval()
             else:
                 self.features = inception_features(device)
