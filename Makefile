@@ -13,8 +13,8 @@ run: $(VENV)/installed
 
 PYTEST = $(RUN) -m pytest -o markers="$$(printf 'slow: minutes long\nbench: prints times')" test_speedup_diffusion.py
 
-test: $(VENV)/installed
-	$(PYTEST) -m "not slow and not bench"
+test: $(VENV)/installed  # with one thread: the models are tiny, more threads wait for each other
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow and not bench"
 
 test-all: $(VENV)/installed  # adds ten kills and every default run: about 20 minutes on two cores
 	$(PYTEST) -m "not bench"
