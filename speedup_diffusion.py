@@ -12,8 +12,8 @@
 Contents: 1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Report
 8 Command line
 
-Measured on rendered digits, two CPU cores, two seeds: to where uniform sampling ends, SpeeD's code form takes 2.1
-times fewer steps by the Frechet distance, the adaptive sampler 2.9 times by the variational bound (README).
+Measured on rendered digits, two CPU cores, two seeds: SpeeD's code form needs 2.1 times fewer steps to uniform
+sampling's last Frechet distance, the adaptive sampler 2.9 times fewer to its last variational bound (README).
 """
 
 import argparse
@@ -50,7 +50,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class UserError(Exception):
-    """What the user can mend: main prints it as one line and exits with status 2."""
+    """An error that the user can fix: main prints it as one line and exits with status 2."""
 
 
 # 1 Diffusion ------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class GaussianDiffusion:
     """The forward process q(x_t | x0) = N(sqrt(ab_t) x0, (1 - ab_t) I), and two ways back: DDPM and DDIM.
 
     schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear
-    in sqrt(beta)), both times 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
+    in sqrt(beta)), both multiplied by 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
     arXiv:2102.09672). No beta exceeds 0.999. ValueError: an unknown schedule, or timesteps < 1.
 
     betas, alphas_cumprod: float32 [T], on device.
@@ -213,8 +213,8 @@ class SpeeDSampler:
     those of the authors' code. tau=None is our rule for any schedule: the number of timesteps with ab >=
     0.0069, which is 700 on that one. SpeeD is this sampler together with `change_aware_weights`.
     mirror: the authors' training runs also reflect half of each batch about the timestep m = mirror: t < m
-    becomes m - t, the others t - m. In distribution that is P'(t) = (P(t) + P of the reflected t) / 2. Their
-    rule for m is `SpeeDSampler.mirror_step`. None: the formula above alone.
+    becomes m - t, the others t - m. In distribution that is P'(t) = (P(t) + the sum of P(s) over all s reflected
+    onto t) / 2. Their rule for m is `SpeeDSampler.mirror_step`. None: the formula above alone.
     Cost: none. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T, mirror outside 1..T-1.
     """
 
@@ -288,7 +288,7 @@ def average_over_processes(tensor):
 
 
 def policy_network(in_channels):
-    """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5 for every image.
+    """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5, so Beta(0.97, 0.97).
 
     Three convolutions and three linear layers as in the authors' code. Images are pooled to 8x8 first, which
     is cheap and lets them have any size.
@@ -328,7 +328,7 @@ class AdaptiveSampler:
 
     Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after
     it, L_t = reward_weights[t] times the epsilon-MSE at t:
-      1. Delta^t of ONE image at `probe` timesteps enters a queue of `queue`;
+      1. Delta^t of ONE image at up to `probe` timesteps enters a queue of `queue`;
       2. Delta^t of EVERY image at the `selected` timesteps S makes its advantage A: standardised over the
          batch for each t, summed over S, and standardised again;
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
@@ -615,7 +615,8 @@ class UNet(nn.Module):
     up, at half the resolution of level i - 1. attention: sides of the (square) feature maps that get
     self-attention, None for the lowest level's; unless empty, the middle has it too. patch: images are folded
     to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
-    ValueError: an odd width, an image_size that patch and the levels do not divide, a side that is none.
+    ValueError: an odd width, an image_size that patch and the levels do not divide, or an attention side that no
+    feature map has.
     """
 
     def __init__(self, in_channels, width, mults, num_blocks, attention, dropout, image_size=32, patch=1):
@@ -874,7 +875,7 @@ def digit_features():
 
 
 def inception_features(device):
-    """The same by InceptionV3, [N, 2048], from PNG files by clean-fid: its resizing makes FIDs comparable."""
+    """Like digit_features, by clean-fid's InceptionV3, [N, 2048]: its resizing of PNG files makes FIDs comparable."""
     from cleanfid.features import build_feature_extractor
     from cleanfid.fid import get_folder_features
     from torchvision.utils import save_image
@@ -1076,12 +1077,10 @@ class Training:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        for p in self.model.parameters():  # fp16's scaler has noted what is not finite and skips that update
+            torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
         loss = average_over_processes(loss.detach().clone())
-        finite = loss.isfinite()
-        if not self.scaler.is_enabled():  # fp16's scaler skips updates that overflow, as some always do
-            finite = finite & norm.isfinite()
-            for p in self.model.parameters():
-                torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
+        finite = loss.isfinite() & norm.isfinite()
         self.bad_in_a_row = torch.where(finite, 0, self.bad_in_a_row + 1)
         self.losses.append(loss)
 
@@ -1114,7 +1113,7 @@ class Training:
         group = self.optimizer.param_groups[0]
         row = dict.fromkeys(METRICS)
         row |= {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
-        row |= {"loss": sum(losses) / max(1, len(losses)), "lr": group["lr"], "beta1": group["betas"][0]}
+        row |= {"loss": statistics.fmean(losses or [math.nan]), "lr": group["lr"], "beta1": group["betas"][0]}
         text = f"step {self.step}: loss {row['loss']:.4f}"
         drawn_by = (self.predict, self.diffusion, args, self.images.shape[1])
         if held_out is not None:
@@ -1185,8 +1184,8 @@ def due(step, every, steps):
 def loop(run, folder, held_out, distance):
     """Train to the end, or until a signal: returns its number, or 0. Rank 0 alone measures, writes and prints.
 
-    The checkpoint comes before what takes long, and never holds the row of its own step: a resumed run makes
-    it again. So nothing is lost wherever a run ends.
+    The checkpoint is written before its step is measured, as that may take long: a resumed run measures it
+    again. So nothing is lost wherever a run ends.
     """
     args = run.args
     received = catch_signals()
@@ -1204,7 +1203,7 @@ def loop(run, folder, held_out, distance):
         if logs or saves:
             if run.bad_in_a_row >= PATIENCE:  # waits for the device
                 problem = f"step {step}: {PATIENCE} losses or gradients in a row were not finite"
-                raise FloatingPointError(f"{problem}; --resume with a lower --lr, or without --amp fp16")
+                raise FloatingPointError(f"{problem}; take a lower --lr, or not --amp fp16")
             run.seconds += time.perf_counter() - clock
             if evaluates:
                 run.probs.setdefault(step, run.sampler.probs.cpu())  # a resumed run has it already
@@ -1349,7 +1348,8 @@ def read_run(folder):
         config = json.loads(Path(folder, "config.json").read_text())
         with open(Path(folder, "metrics.csv")) as file:
             rows = [{name: float(row[name] or "nan") for name in METRICS} for row in csv.DictReader(file)]
-        assert rows and set(COMPARED) <= set(config)
+        if not rows or not {"strategy", *COMPARED} <= set(config):
+            raise ValueError("rows or settings are missing")
     return folder, config, rows
 
 
@@ -1427,8 +1427,8 @@ def draw(groups, label, out):
         style = {"color": f"C{number}", "label": setting}
         axes[0].plot(*zip(*mean_curve(runs, "fid")), **style)
         axes[1].plot(*zip(*mean_curve(runs, "val_vlb")), **style)
-        probs = load_checkpoint(Path(runs[0][0], "checkpoint.pt"))["probs"]
-        axes[2].plot(probs[max(probs)] * len(probs[max(probs)]), **style)
+        for probs in list(load_checkpoint(Path(runs[0][0], "checkpoint.pt"))["probs"].values())[-1:]:
+            axes[2].plot(probs * len(probs), **style)
     axes[0].set(xlabel="step", ylabel=label, yscale="log")
     axes[1].set(xlabel="step", ylabel="val_vlb", yscale="log")
     axes[2].set(xlabel="t", ylabel="T P(t) at the end", yscale="log")
@@ -1520,7 +1520,7 @@ def make_parser():
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
     add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: --eval-every")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16 or fp16")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
     add("--compile", choices=("auto", "off", "on"), default="auto", help="auto: on CUDA from 5,000 steps")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
     add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
@@ -1596,7 +1596,7 @@ def main(argv=None):
             return train(args, checkpoint)
         return 0
     except UserError as error:
-        if LOCAL_RANK == 0:  # the others on this machine met the same
+        if LOCAL_RANK == 0:  # most errors meet every process
             print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1606,7 +1606,7 @@ def main(argv=None):
         problem = one_line(error)
     except (MemoryError, RuntimeError) as error:
         problem = one_line(error)
-        if isinstance(error, MemoryError) or "memory" in problem:
+        if isinstance(error, MemoryError) or "out of memory" in problem or "allocate memory" in problem:
             problem = "out of memory: lower --batch-size, --width or --image-size"
         elif WORLD_SIZE == 1 or not ("gloo" in problem or "NCCL" in problem):
             raise
