@@ -471,6 +471,12 @@ def test_fid_is_that_of_clean_fid(monkeypatch, here):
     expected = fid.compute_fid("0", "1", num_workers=0, device=torch.device("cpu"))
     distance = sd.FrechetDistance(None, "cpu", images[0])
     assert distance(images[1]) == pytest.approx(expected, rel=1e-5)
+    # Against clean-fid's published statistics, here a file in place of the download.
+    monkeypatch.setattr("cleanfid.features.check_download_url", lambda url, **_: Path(url).name)
+    np.savez("cifar10_clean_train_32.npz", mu=np.arange(12), sigma=np.eye(12))
+    expected = fid.compute_fid("1", dataset_name="cifar10", dataset_res=32, num_workers=0, device=torch.device("cpu"))
+    published = sd.FrechetDistance(None, "cpu", images[0], published_cifar10=True)
+    assert published(images[1]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_digits_distance_tells_digits_from_noisy_ones_and_from_noise():
@@ -639,6 +645,15 @@ def test_the_optimiser_receives_the_decayed_momentum_and_clipped_gradients_that_
     norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
     assert norm.item() == pytest.approx(0.001, rel=0.01)
     assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_the_decay_of_the_weight_average_grows_to_that_of_the_flag():
+    run = training("--ema-decay 0.15")
+    average = run.ema.head.weight.clone()
+    for decay in (1 / 10, 0.15, 0.15):  # (1 + step) / (10 + step), at most the flag's
+        run.train_step()
+        average = run.model.head.weight.detach().lerp(average, decay)
+    torch.testing.assert_close(run.ema.head.weight, average)
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
