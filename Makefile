@@ -56,7 +56,6 @@ compare: $(VENV)/matplotlib
 	    run momentum-decay --momentum-decay; \
 	    run adaptive --strategy adaptive; \
 	    run adaptive-loss --strategy adaptive --adaptive-reward loss --weighting change-aware --speed-lam 0.8 --adaptive-entropy 0.1; \
-	    run adaptive-authors --strategy adaptive --adaptive-authors; \
 	    run min-snr --weighting min-snr; \
 	    run logit-normal --strategy logit-normal; \
 	done

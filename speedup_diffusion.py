@@ -9,11 +9,7 @@
     python speedup_diffusion.py --report runs/digits-uniform runs/digits-speed
     torchrun --nproc_per_node=8 speedup_diffusion.py --dataset cifar10  # eight GPUs
 
-Contents: 1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Report
-8 Command line
-
-Measured on rendered digits, two CPU cores, two seeds: SpeeD's code form needs 2.1 times fewer steps to uniform
-sampling's last Frechet distance, the adaptive sampler 2.9 times fewer to its last variational bound (README).
+1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Report   8 Command line
 """
 
 import argparse
@@ -24,13 +20,11 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import sys
-import tempfile
-import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -97,8 +91,7 @@ class GaussianDiffusion:
         self.betas = betas.float().to(device)
         self.alphas_cumprod = ab.float().to(device)
         self.vlb_coefficients = (betas / (2 * (1 - betas) * (1 - ab) * math.log(2))).float().to(device)
-        # sqrt(ab) and sqrt(1 - ab), [T + 1, 1, 1, 1], from float64 because 1 - ab loses digits near t = 0. Index
-        # -1 finds the appended last one, which belongs to x0 itself.
+        # [T + 1, 1, 1, 1], from float64 because 1 - ab loses digits near t = 0; index -1 is x0 itself.
         ab = torch.cat([ab, ab.new_ones(1)]).view(-1, 1, 1, 1)
         self._signal = ab.sqrt().float().to(device)
         self._sigma = (1 - ab).sqrt().float().to(device)
@@ -133,10 +126,7 @@ class GaussianDiffusion:
         return x_prev
 
     def ddpm_step(self, x_t, t, eps, noise, clip=True):
-        """One step t -> t - 1 of DDPM with the posterior's own variance ("fixed-small"), arXiv:2006.11239.
-
-        q(x_{t-1} | x_t, x0) is what DDIM's step with eta = 1 draws from, so there is nothing else to write.
-        """
+        """One step t -> t - 1 of DDPM, which is DDIM's with eta = 1: it draws from q(x_{t-1} | x_t, x0)."""
         return self.ddim_step(x_t, t, t - 1, eps, 1.0, noise, clip)
 
     @torch.no_grad()
@@ -144,7 +134,7 @@ class GaussianDiffusion:
         """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
 
         method "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1,
-        whatever steps and eta say. generator: a torch.Generator on any device, for the same images again.
+        whatever steps and eta say. generator: a CPU's torch.Generator, for the same images again.
         ValueError: an unknown method, or steps outside 1..T.
         """
         if method not in ("ddim", "ddpm"):
@@ -155,25 +145,21 @@ class GaussianDiffusion:
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"sampling steps must lie in 1..{self.timesteps}, got {steps}")
         device = self.betas.device
-        drawn_on = generator.device if generator is not None else device
         times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-        x = torch.randn(shape, generator=generator, device=drawn_on).to(device)
+        x = torch.randn(shape, generator=generator).to(device)
         for now, then in zip(times, times[1:] + [-1]):
             t = torch.full((len(x),), now, device=device)
             t_prev = torch.full((len(x),), then, device=device)
-            noise = None
-            eps = model(x, t).to(x.dtype)
-            if eta > 0:
-                noise = torch.randn(shape, generator=generator, device=drawn_on).to(device)
-            x = self.ddim_step(x, t, t_prev, eps, eta, noise)
+            noise = torch.randn(shape, generator=generator).to(device) if eta > 0 else None
+            x = self.ddim_step(x, t, t_prev, model(x, t).to(x.dtype), eta, noise)
         return x
 
 
 # 2 Accelerations --------------------------------------------------------------------------------------------
 # A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with
 # any weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64
-# timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece you need math, torch and
-# the pieces that the first line of its docstring names. What each gained in our own runs: README.
+# timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece you need math, torch, nn, F
+# and the pieces that the first line of its docstring names. What each gained in our own runs: README.
 
 
 class UniformSampler:
@@ -208,13 +194,12 @@ class SpeeDSampler:
 
         P(t) = k / (T + tau (k - 1))  for t < tau,    1 / (T + tau (k - 1))  for t >= tau
 
-    Source: Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model
-    Training", arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are
-    those of the authors' code. tau=None is our rule for any schedule: the number of timesteps with ab >=
-    0.0069, which is 700 on that one. SpeeD is this sampler together with `change_aware_weights`.
-    mirror: the authors' training runs also reflect half of each batch about the timestep m = mirror: t < m
-    becomes m - t, the others t - m. In distribution that is P'(t) = (P(t) + the sum of P(s) over all s reflected
-    onto t) / 2. Their rule for m is `SpeeDSampler.mirror_step`. None: the formula above alone.
+    Source: Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model Training",
+    arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are those of the
+    authors' code. tau=None is our rule for any schedule: the number of t with ab >= 0.0069, 700 on that one.
+    SpeeD is this sampler together with `change_aware_weights`.
+    mirror: the authors' training runs also reflect half of each batch about m = mirror: t < m becomes m - t, the
+    others t - m. In distribution that is P'(t) = (P(t) + the sum of P(s) over all s reflected onto t) / 2.
     Cost: none. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T, mirror outside 1..T-1.
     """
 
@@ -237,11 +222,9 @@ class SpeeDSampler:
     def mirror_step(alphas_cumprod):
         """The authors' m: the first t where sqrt(1 - ab) grows by less than 0.1 / T, plus 1.
 
-        On T = 1000 it is 642 (linear), 829 (quad), 959 (cosine). ValueError: T < 3.
+        On T = 1000 it is 642 (linear), 829 (quad), 959 (cosine). T must be at least 3.
         """
         T = len(alphas_cumprod)
-        if T < 3:
-            raise ValueError(f"SpeeD: its authors' form needs at least 3 timesteps, got {T}")
         growth = torch.gradient((1 - alphas_cumprod.cpu().double()).sqrt())[0]
         return min(int((growth >= 0.1 / T).long().argmin()) + 1, T - 1)
 
@@ -256,11 +239,10 @@ class CurriculumSampler:
         p_n(t) = (1 - gamma_n) / T + gamma_n N(t; mu T, sigma T),    gamma_n = min(1, n / total_steps)
 
     with the Gaussian normalised over 0..T-1 and n the training step.
-    Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency
-    Phenomenon", arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand:
-    the formula and mu = 0.3 (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the
-    paper's value is not known to us). Ours: gamma reaches 1 at the end of the run. SpeeD's repository has a
-    CLTS whose exponent, -(t - mu)^2 / 2 * T^2, makes the Gaussian a spike at one t; not used here.
+    Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency Phenomenon",
+    arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the formula and
+    mu = 0.3 (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the paper's value is not
+    known to us). Ours: gamma reaches 1 at the end of the run.
     Cost: none. `probs` is that of the last step sampled. ValueError: sigma <= 0, total_steps < 1.
     """
 
@@ -293,27 +275,20 @@ def policy_network(in_channels):
     Three convolutions and three linear layers as in the authors' code. Images are pooled to 8x8 first, which
     is cheap and lets them have any size.
     """
-    layers = [torch.nn.AdaptiveAvgPool2d(8)]
+    layers = [nn.AdaptiveAvgPool2d(8)]
     for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
-        layers.append(torch.nn.Conv2d(c_in, c_out, 3, padding=1))
-        layers.append(torch.nn.MaxPool2d(2))  # before the ReLU: the same result for a quarter of its work
-        layers.append(torch.nn.ReLU())
-    layers.append(torch.nn.Flatten())
-    for c_in in (128, 256):
-        layers.append(torch.nn.Linear(c_in, 256))
-        layers.append(torch.nn.ReLU())
-    last = torch.nn.Linear(256, 2)
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.constant_(last.bias, 0.5)
-    return torch.nn.Sequential(*layers, last).to(memory_format=torch.channels_last)
+        # Pooling before the ReLU: the same result for a quarter of its work.
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 2)]
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.constant_(layers[-1].bias, 0.5)
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
 def geometric_bins(timesteps, count):
     """0..timesteps-1 cut into at most count bins, finer at small t: (middle of each, how many t it holds)."""
-    edges = torch.arange(timesteps + 1)
-    if count < timesteps:
-        edges = (timesteps + 1) ** torch.linspace(0, 1, count + 1, dtype=torch.float64) - 1
-        edges = edges.round().long().unique()
+    edges = (timesteps + 1) ** torch.linspace(0, 1, count + 1, dtype=torch.float64) - 1
+    edges = edges.round().long().unique()
     widths = edges.diff()
     return edges[:-1] + widths // 2, widths
 
@@ -321,34 +296,32 @@ def geometric_bins(timesteps, count):
 class AdaptiveSampler:
     """Adaptive sampling. Needs `average_over_processes`, `policy_network` and `geometric_bins`.
 
-    A policy learns which t lower the bound. A network pi(x0) gives (a, b) of a Beta distribution for each
-    image, taken at the T bin centres u_t = (t + 0.5) / T:
+    A policy learns which t lower the bound. A network pi(x0) gives (a, b) of a Beta distribution for each image,
+    taken at the T bin centres u_t = (t + 0.5) / T:
 
         P(t | x0) = (1 - floor) softmax over t of [(a - 1) log u_t + (b - 1) log(1 - u_t)] + floor / T
 
-    Every `every` steps, on the batch just drawn, with Delta^t = L_t before the model's update minus L_t after
-    it, L_t = reward_weights[t] times the epsilon-MSE at t:
+    Every `every` steps it measures what an update of the model changed: Delta^t = L_t before it - L_t after it,
+    L_t being reward_weights[t] times the epsilon-MSE at t. On the batch just drawn,
       1. Delta^t of ONE image at up to `probe` timesteps enters a queue of `queue`;
       2. Delta^t of EVERY image at the `selected` timesteps S makes its advantage A: standardised over the
          batch for each t, summed over S, and standardised again;
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
       4. S becomes the timesteps whose column of the queue best predicts the sum of Delta over all t (largest
-         r^2, which ranks as scikit-learn's f_regression, which the authors use): one of each third of the probe.
+         r^2): one of each third of the probe.
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
-    Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training",
-    arXiv:2411.09998 (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, Adam,
-    gradient norm 1. AUTHORS holds more of theirs, as arguments: their reward (the sum of Delta over S plus
-    entropy H, in place of A), all T timesteps probed, and their pace.
-    Ours: A, because their entropy term drowns the reward; before and after share x_t and noise, so that Delta
-    shows the update and not the draw, and are measured without dropout; probes lie denser at small t, each
-    counted by the timesteps it stands for; S is spread, as small t alone tell little at the start, when the
-    policy must begin to move; Adam's beta2 of 0.99; `floor`, so that no t dies out; the bins in place of
-    t = round(u (T - 1)).
-    reward_weights: [T], None for the bound's coefficients (the paper's reward), less those of timesteps whose
-    beta is capped at 0.999: on the cosine schedule such a one is nearly all of the bound. The loss weights,
-    for a policy that lowers the loss that is trained, are our own variant. As A standardises each t of S, these
-    weights decide which t become S, not how much each counts.
+    Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
+    (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, gradient norm 1. Their reward
+    is the sum of Delta over S plus entropy H, where H drowns Delta; probe = T, every = 40, lr = entropy = 1e-2.
+    Ours: A in its place; before and after share x_t and noise, so that Delta shows the update and not the draw,
+    and are measured without dropout; probes lie denser at small t, each counted by the timesteps it stands for;
+    S is spread, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so that no t dies
+    out; bins in place of t = round(u (T - 1)).
+    reward_weights: [T]. None: the bound's coefficients, as in the paper, less those of timesteps whose beta is
+    capped at 0.999 (on the cosine schedule one such t is nearly all of the bound). The loss weights, for a policy
+    that lowers the loss that is trained, are our own variant. As A standardises each t of S, the weights only
+    decide which t become S.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
     policy at every step.
 
@@ -357,12 +330,9 @@ class AdaptiveSampler:
     queue, S and `probs`. ValueError: fewer timesteps than `selected`, or a number that makes no sense.
     """
 
-    AUTHORS = {"every": 40, "probe": 10**9, "lr": 1e-2, "entropy": 1e-2, "advantage": False}
-
     def __init__(
         self, alphas_cumprod, in_channels, reward_weights=None, every=10, selected=3,
         queue=20, probe=100, lr=1e-3, entropy=0.05, floor=0.01,
-        advantage=True,
     ):  # fmt: skip
         T = len(alphas_cumprod)
         device = alphas_cumprod.device
@@ -377,27 +347,36 @@ class AdaptiveSampler:
         self.reward_weights = reward_weights.float().to(device)
         self.alphas_cumprod = alphas_cumprod.float()
         self.every = every
+        self.queue_length = queue
         self.entropy = entropy
         self.floor = floor
-        self.advantage = advantage
-        self.policy = policy_network(in_channels).to(device)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr, betas=(0.9, 0.99))
         self.grid = grid.to(device)
         self.widths = widths.to(device)
         u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
         self.log_u = torch.stack([u.log(), (-u).log1p()]).float().to(device)
-        # The state of a run: the policy and its optimiser, and
-        self.queue = torch.zeros(queue, len(grid), device=device)
-        self.filled = 0  # how many probes entered the queue so far
+        # The state of a run:
+        self.policy = policy_network(in_channels).to(device)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr, betas=(0.9, 0.99))
+        self.queue = torch.zeros(0, len(grid), device=device)
         self.selected = torch.stack([part[len(part) // 2] for part in self.grid.tensor_split(selected)])
         self.probs = torch.full((T,), 1 / T, device=device)  # of the last batch, mean over its images
         # Between the calls of one step:
         self._batch = ()  # sample leaves (x0, t)
         self._probe = ()  # before_update leaves (x_t, t, noise, L_t), after_update empties it
 
+    def state_dict(self):
+        parts = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return parts | {"queue": self.queue, "selected": self.selected, "probs": self.probs}
+
+    def load_state_dict(self, state):
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in ("queue", "selected", "probs"):
+            setattr(self, name, state[name].to(self.grid.device))
+
     def distribution(self, x0):
         """P(t | x0) of each image of the batch."""
-        concentrations = torch.nn.functional.softplus(self.policy(x0.float())) + 1e-5
+        concentrations = F.softplus(self.policy(x0.float())) + 1e-5
         beta = torch.softmax((concentrations - 1) @ self.log_u, 1)
         probs = (1 - self.floor) * beta + self.floor / len(self.probs)
         return torch.distributions.Categorical(probs, validate_args=False)
@@ -414,11 +393,9 @@ class AdaptiveSampler:
     def _weighted_mse(self, model, x_t, t, noise):
         training = model.training
         model.eval()  # no dropout, before and after
-        errors = []
-        for x_part, t_part, noise_part in zip(x_t.split(128), t.split(128), noise.split(128)):
-            errors.append((model(x_part, t_part).float() - noise_part).square().flatten(1).mean(1))
+        mse = (model(x_t, t).float() - noise).square().flatten(1).mean(1)
         model.train(training)
-        return self.reward_weights[t] * torch.cat(errors)
+        return self.reward_weights[t] * mse
 
     def before_update(self, model, step):
         """Measure L_t before the update. Does nothing unless step is a multiple of `every`."""
@@ -442,29 +419,21 @@ class AdaptiveSampler:
         delta = torch.nan_to_num(before - self._weighted_mse(model, x_t, t, noise), 0.0, 0.0, 0.0)
         probed = delta[: len(self.grid)]
         self.update_policy(delta[len(self.grid) :].view(len(self.selected), -1))
-        self.queue[self.filled % len(self.queue)] = average_over_processes(probed)
-        self.filled += 1
-        if self.filled >= 3:  # two points always lie on a line
-            best = self.most_predictive(self.queue[: self.filled], self.widths, len(self.selected))
-            self.selected = self.grid[best]
+        self.queue = torch.cat([self.queue, average_over_processes(probed)[None]])[-self.queue_length :]
+        if len(self.queue) >= 3:  # two points always lie on a line
+            self.selected = self.grid[self.most_predictive(self.queue, self.widths, len(self.selected))]
 
     def update_policy(self, deltas):
         """One REINFORCE step on the images drawn last; deltas [selected, B], larger is better."""
         x0, t = self._batch
         distribution = self.distribution(x0)
-        # Counted as densities over (0, 1), as a Beta distribution has them: the authors' product depends on it.
-        log_density = distribution.log_prob(t) + math.log(len(self.probs))
-        entropy = distribution.entropy() - math.log(len(self.probs))
-        if self.advantage:
-            advantage = self.standardize(self.standardize(deltas).sum(0))
-            loss = -(advantage * log_density + self.entropy * entropy).mean()
-        else:
-            loss = -((deltas.sum(0) + self.entropy * entropy) * log_density).mean()
+        advantage = self.standardize(self.standardize(deltas).sum(0))
+        loss = -(advantage * distribution.log_prob(t) + self.entropy * distribution.entropy()).mean()
         self.optimizer.zero_grad()
         loss.backward()
         for p in self.policy.parameters():
             average_over_processes(p.grad)
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
 
     @staticmethod
@@ -474,26 +443,13 @@ class AdaptiveSampler:
 
     @staticmethod
     def most_predictive(deltas, widths, count):
-        """Indices [count]: in each of count equal parts of the columns of deltas [n, G], the most predictive one.
-
-        It has the largest squared correlation with deltas @ widths.
-        """
+        """Indices [count]: of each of count equal parts of the columns of deltas [n, G], the one with the largest
+        squared correlation with deltas @ widths."""
         x = deltas - deltas.mean(0)
         y = x @ widths.to(x.dtype)
         r2 = torch.nan_to_num((y @ x) ** 2 / (x.square().sum(0) * y.square().sum()), -1.0)
         parts = torch.arange(len(r2), device=r2.device).tensor_split(count)
         return torch.cat([part[r2[part].argmax(0, keepdim=True)] for part in parts])  # without waiting for a GPU
-
-    def state_dict(self):
-        state = {"policy": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state | {name: getattr(self, name) for name in ("queue", "filled", "selected", "probs")}
-
-    def load_state_dict(self, state):
-        self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("queue", "selected", "probs"):
-            setattr(self, name, state[name].to(self.grid.device, copy=True))
-        self.filled = state["filled"]
 
 
 def change_aware_weights(alphas_cumprod, lam=0.6, tau=None):
@@ -571,21 +527,18 @@ def zero_conv(c_in, c_out, kernel):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over the H x W positions, heads of about 64 channels; keeps [B, C, H, W]."""
+    """Self-attention over the H x W positions, one head as in DDPM; keeps [B, C, H, W]."""
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = math.gcd(max(1, channels // 64), channels)
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_conv(channels, channels, 1)
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).reshape(B, H * W, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, H W, C / heads]
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2))
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, -1))  # [B, 1 head, H W, C]
+        return x + self.out(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class ResBlock(nn.Module):
@@ -717,11 +670,8 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EP
 
 
 def find_images(folder):
-    """The image files in and below folder, sorted; links to folders are not followed.
-
-    Passed over: what is hidden, macOS's archive leftovers, and folders that hold a run of this script.
-    """
-    endings = [ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS]
+    """The image files in and below folder, sorted; not hidden ones, and not the samples of this script's runs."""
+    endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
     paths = []
     for here, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
@@ -729,18 +679,16 @@ def find_images(folder):
             below.clear()
         else:
             paths += [Path(here, name) for name in names if not name.startswith(".")]
-    images = [path for path in paths if path.suffix.lower() in endings]
+    images = sorted(path for path in paths if path.suffix.lower() in endings)
     if not images:
         raise UserError(f"--data-dir {folder}: no such folder, or no {', '.join(FORMATS)} in it or below it")
     if RANK == 0 and len(images) < len(paths):
         print(f"{folder}: {len(paths) - len(images)} files are no {', '.join(FORMATS)} and not read")
-    return sorted(images)
+    return images
 
 
 def read_image(path, size):
     """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped."""
-    if not path.is_file():  # reading a pipe would never end
-        raise ValueError("no file, or a link that leads nowhere")
     with Image.open(path, formats=FORMATS) as image:
         if image.mode.startswith(("I", "F")):  # Pillow would clip these
             raise ValueError("more than 8 bits a channel, convert it to 8 bits")
@@ -768,7 +716,7 @@ def read_folder(folder, size):
         images = list(tqdm(pool.map(read, paths), "reading", len(paths), leave=False, disable=None))
     if failed:
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
-        raise UserError(f"mend or remove what cannot be read as an image: {', '.join(failed[:5])}{more}")
+        raise UserError(f"fix or remove what cannot be read as an image: {', '.join(failed[:5])}{more}")
     return torch.stack(images)
 
 
@@ -783,11 +731,11 @@ def load_dataset(name, data_dir, size):
         held_out = min(max(1, len(images) // 20), 2500)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order[:-held_out]], images[order[-held_out:]]
-    from torchvision import datasets, transforms  # as slow to import as torch: a wrong flag is known sooner
+    from torchvision import datasets, transforms  # imported late: it is slow, and a wrong flag should fail first
 
-    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
     with explained(f"{name} is not in {data_dir} and cannot be downloaded; take --dataset digits or folder"):
-        parts = [torch.as_tensor(kind(data_dir, train, download=True).data) for train in (True, False)]
+        parts = [torch.as_tensor(dataset(data_dir, train, download=True).data) for train in (True, False)]
     parts = [part.view(*part.shape[:3], -1).permute(0, 3, 1, 2) for part in parts]  # grey ones are [N, H, W]
     return tuple(transforms.functional.resize(part, [size, size]) for part in parts)
 
@@ -817,10 +765,10 @@ def evaluate(model, diffusion, images, count=1024):
     even = (quantiles * diffusion.timesteps).long()
     dense = torch.searchsorted(coefficients.cumsum(0) / coefficients.sum(), quantiles)
     times = torch.cat([even, dense]).to(images.device)
-    numbers = torch.arange(len(times), device=images.device) % len(images)
+    indices = torch.arange(len(times), device=images.device) % len(images)
     generator = torch.Generator().manual_seed(0)
     errors = []
-    for i, t in zip(numbers.split(128), times.split(128)):
+    for i, t in zip(indices.split(128), times.split(128)):
         x0 = to_float(images[i])
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         eps = model(diffusion.q_sample(x0, t, noise), t).float()
@@ -835,7 +783,7 @@ def draw_samples(model, diffusion, args, channels, count, seed=0):
     images = []
     for part in tqdm(torch.arange(count).split(256), "sampling", leave=False, disable=None):
         shape = (len(part), channels, args.image_size, args.image_size)
-        images.append(diffusion.sample(model, shape, args.method, args.sampling_steps, args.eta, generator))
+        images.append(diffusion.sample(model, shape, args.method, args.sampling_steps, generator=generator))
     return (torch.cat(images).cpu() * 127.5 + 127.5).round().byte()
 
 
@@ -855,11 +803,13 @@ def digit_features():
     images, labels = render_digits(10_240, 16, seed=1)
     x = to_float(images)
     torch.manual_seed(0)
-    strokes = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-    strokes += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
-    head = [nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3)]
-    head += [nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)]
-    classifier = nn.Sequential(*strokes, *head)
+    strokes = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()
+    )
+    head = nn.Sequential(
+        nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    classifier = nn.Sequential(strokes, head)
     optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
     for _ in range(5):
         for batch in torch.randperm(len(x)).split(128):
@@ -868,25 +818,23 @@ def digit_features():
             optimizer.step()
 
     def features(images):
-        grey = F.interpolate(images.mean(1, keepdim=True), (16, 16), mode="area")
-        return classifier[: len(strokes)](grey.cpu() / 127.5 - 1).amax((2, 3))
+        grey = F.interpolate(images.cpu().mean(1, keepdim=True), (16, 16), mode="area")
+        return strokes(grey / 127.5 - 1).amax((2, 3))
 
     return features
 
 
 def inception_features(device):
-    """Like digit_features, by clean-fid's InceptionV3, [N, 2048]: its resizing of PNG files makes FIDs comparable."""
+    """The same by InceptionV3, [N, 2048], resized as clean-fid does it, which makes FIDs comparable."""
     from cleanfid.features import build_feature_extractor
-    from cleanfid.fid import get_folder_features
-    from torchvision.utils import save_image
+    from cleanfid.resize import build_resizer
 
     model = build_feature_extractor("clean", device, use_dataparallel=False)
+    resize = build_resizer("clean")
 
     def features(images):
-        with tempfile.TemporaryDirectory() as folder:
-            for i, image in enumerate(images):
-                save_image(image / 255, f"{folder}/{i:06d}.png")
-            return torch.as_tensor(get_folder_features(folder, model, 0, device=device, verbose=False))
+        resized = [resize(image) for image in images.permute(0, 2, 3, 1).cpu().numpy()]
+        return model(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(device))
 
     return features
 
@@ -909,14 +857,10 @@ class FrechetDistance:
     def __init__(self, features, device, images, published_cifar10=False):
         self.name = f"FD ({Path(features).name})" if features else "FID"
         self.device = device
-        problem = f"--fid-features {features} must be TorchScript, float images [N, 3, H, W] in 0..255 -> [N, D]"
-        if features is None:
-            problem = "FID needs clean-fid and what it downloads, or give --fid-features"
-        with explained(problem):
+        with explained(f"--fid-features {features}: neither digits nor TorchScript nor what clean-fid downloads"):
             if features == "digits":
                 self.features = digit_features()
             elif features:
-                warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # it is to be replaced one day
                 self.features = torch.jit.load(features, device).eval()
             else:
                 self.features = inception_features(device)
@@ -933,8 +877,6 @@ class FrechetDistance:
         """(mean [D], covariance [D, D]) of the features of uint8 images [N, C, H, W]; grey ones become RGB."""
         parts = [self.features(part.expand(-1, 3, -1, -1).float().to(self.device)) for part in images.split(256)]
         found = torch.cat(parts).cpu().double()
-        if found.dim() != 2 or len(found) != len(images) or not found.isfinite().all():
-            raise ValueError(f"{len(images)} images give {list(found.shape)}, or what is not finite")
         return found.mean(0), found.T.cov()
 
     def __call__(self, images):
@@ -956,37 +898,30 @@ def build_unet(args, channels):
     return UNet(channels, *shape)
 
 
-def build_strategy(args, ab, channels):
-    """(the timestep sampler, the raw loss weights [T]) of these settings, for alphas_cumprod ab [T]."""
-    T = len(ab)
-    tau = None
-    speed = SpeeDSampler(ab, args.speed_k, args.speed_tau)
-    if args.speed_variant == "code":
-        tau = speed.tau
-        speed = SpeeDSampler(ab, args.speed_k, tau, SpeeDSampler.mirror_step(ab))
-    weights = torch.ones_like(ab)
-    if args.weighting == "change-aware" or (args.weighting == "auto" and args.strategy == "speed"):
-        weights = change_aware_weights(ab, args.speed_lam, tau)
+def build_weights(args, ab):
+    """The raw loss weights [T] of these settings, for alphas_cumprod ab [T]."""
     if args.weighting == "min-snr":
-        weights = min_snr_weights(ab)
+        return min_snr_weights(ab)
+    if args.weighting == "change-aware" or (args.weighting == "auto" and args.strategy == "speed"):
+        tau = SpeeDSampler(ab, args.speed_k, args.speed_tau).tau if args.speed_variant == "code" else None
+        return change_aware_weights(ab, args.speed_lam, tau)
+    return torch.ones_like(ab)
+
+
+def build_sampler(args, ab, channels):
+    """The timestep sampler of these settings, for alphas_cumprod ab [T]."""
     if args.strategy == "speed":
-        return speed, weights
+        mirror = SpeeDSampler.mirror_step(ab) if args.speed_variant == "code" else None
+        return SpeeDSampler(ab, args.speed_k, args.speed_tau, mirror)
     if args.strategy == "logit-normal":
-        return LogitNormalSampler(T), weights
+        return LogitNormalSampler(len(ab))
     if args.strategy == "curriculum":
-        return CurriculumSampler(T, args.steps, args.curriculum_mu, args.curriculum_sigma), weights
+        return CurriculumSampler(len(ab), args.steps, args.curriculum_mu, args.curriculum_sigma)
     if args.strategy == "adaptive":
+        reward = build_weights(args, ab) if args.adaptive_reward == "loss" else None
         options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy}
-        if args.adaptive_authors:
-            options = AdaptiveSampler.AUTHORS
-        return AdaptiveSampler(ab, channels, weights if args.adaptive_reward == "loss" else None, **options), weights
-    return UniformSampler(T), weights
-
-
-def make_autocast(amp, device):
-    """--amp as a context; auto: bf16 on a CUDA GPU, else off."""
-    enabled = amp in ("bf16", "fp16") or (amp == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled)
+        return AdaptiveSampler(ab, channels, reward, **options)
+    return UniformSampler(len(ab))
 
 
 class Training:
@@ -1001,21 +936,21 @@ class Training:
         self.args = args
         self.device = device
         self.images = images.to(device)
-        self.autocast = make_autocast(args.amp, device)
-        torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
+        enabled = args.amp in ("bf16", "fp16") or (args.amp == "auto" and device.type == "cuda")
+        self.autocast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled)
         channels = images.shape[1]
+        torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
         self.model = build_unet(args, channels).to(device).to(memory_format=torch.channels_last)
-        self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
-        self.sampler, self.raw_weights = build_strategy(args, self.diffusion.alphas_cumprod, channels)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
+        self.sampler = build_sampler(args, self.diffusion.alphas_cumprod, channels)
+        self.raw_weights = build_weights(args, self.diffusion.alphas_cumprod)
         long_on_gpu = device.type == "cuda" and args.steps >= 5_000  # compiling takes a minute or two
         if args.compile == "on" or (args.compile == "auto" and long_on_gpu):
             self.model.compile()
             self.ema.compile()
         # DDP averages the gradients of what passes through it; all else calls the bare model.
-        self.ddp_model = self.model
-        if WORLD_SIZE > 1:
-            self.ddp_model = nn.parallel.DistributedDataParallel(self.model)
+        self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=device.type != "mps")
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
@@ -1027,22 +962,19 @@ class Training:
         self.probs = {}  # P(t) at each evaluation, by step, for the report
         self.losses = []  # since the last row, on the device
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.order = None  # of this epoch's images, drawn when it is needed
+        self.order = None  # of this epoch's images
 
     def state_dict(self):
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {name: getattr(self, name) for name in ("step", "seconds", "rows", "probs")}
-        state |= {"losses": self.losses, "bad_in_a_row": self.bad_in_a_row}
+        state |= {name: getattr(self, name) for name in ("step", "seconds", "rows", "probs", "losses")}
         return state | {"args": settings_of(self.args), "channels": self.images.shape[1]}
 
     def load_state_dict(self, state):
         for name, part in self.parts.items():
-            if state[name]:  # the scaler's is empty unless the run was fp16
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
         for name in ("step", "seconds", "rows", "probs"):
             setattr(self, name, state[name])
         self.losses = [loss.to(self.device) for loss in state["losses"]]
-        self.bad_in_a_row = state["bad_in_a_row"].to(self.device)
 
     def batch(self):
         """The next images, float [B, C, H, W]: each epoch in its own order, less an incomplete last batch."""
@@ -1061,7 +993,7 @@ class Training:
     def train_step(self):
         """One update, from the images of this step to the weight average. Never waits for a GPU."""
         args = self.args
-        # A CPU's generator keeps 32 bits of a seed; an odd factor, 2^32 / 1.618, spreads the ranks over them.
+        # A CPU generator keeps only 32 bits of a seed: a large odd factor keeps the ranks' seeds apart.
         seed = args.seed * 1_000_003 + RANK * 2_654_435_769 + 2 * self.step
         torch.manual_seed(seed)
         x0 = self.batch()
@@ -1076,18 +1008,17 @@ class Training:
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for p in self.model.parameters():  # fp16's scaler has noted what is not finite and skips that update
             torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
         loss = average_over_processes(loss.detach().clone())
-        finite = loss.isfinite() & norm.isfinite()
-        self.bad_in_a_row = torch.where(finite, 0, self.bad_in_a_row + 1)
         self.losses.append(loss)
+        self.bad_in_a_row = torch.where(loss.isfinite() & norm.isfinite(), 0, self.bad_in_a_row + 1)
 
         lr = args.lr * min(1.0, (self.step + 1) / args.warmup)
-        beta1 = args.beta1
+        beta1 = 0.9
         if args.momentum_decay:
-            beta1, lr_scale = momentum_decay(self.step / args.steps, beta1)
+            beta1, lr_scale = momentum_decay(self.step / args.steps)
             lr = lr * lr_scale
         self.optimizer.param_groups[0].update(lr=lr, betas=(beta1, 0.999))
         if args.strategy == "adaptive":
@@ -1101,42 +1032,32 @@ class Training:
         average(list(self.ema.parameters()), list(self.model.parameters()), None)
         self.step += 1
 
-    def predict(self, x_t, t):
-        """The EMA model's epsilon."""
-        with self.autocast:
-            return self.ema(x_t, t)
-
     def measure(self, folder, held_out, distance):
         """Add a row to metrics.csv, with the EMA model's figures where held_out or distance are given."""
         args = self.args
-        losses = [loss for loss in torch.stack(self.losses).tolist() if math.isfinite(loss)]
+        losses = torch.stack(self.losses)
         group = self.optimizer.param_groups[0]
         row = dict.fromkeys(METRICS)
         row |= {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
-        row |= {"loss": statistics.fmean(losses or [math.nan]), "lr": group["lr"], "beta1": group["betas"][0]}
+        row |= {"loss": losses[losses.isfinite()].mean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
         text = f"step {self.step}: loss {row['loss']:.4f}"
-        drawn_by = (self.predict, self.diffusion, args, self.images.shape[1])
-        if held_out is not None:
-            row["val_mse"], row["val_vlb"] = evaluate(self.predict, self.diffusion, held_out)
-            save_grid(draw_samples(*drawn_by, 64), folder / f"samples-{self.step}.png")
-            text += f", val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
-        if distance is not None:
-            row["fid"] = distance(draw_samples(*drawn_by, args.fid_samples))
+        drawn_by = (self.ema, self.diffusion, args, self.images.shape[1])
+        with self.autocast:
+            if held_out is not None:
+                row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out)
+                save_grid(draw_samples(*drawn_by, 64), folder / f"samples-{self.step}.png")
+                text += f", val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
+            samples = draw_samples(*drawn_by, args.fid_samples) if distance else None
+        if distance:
+            row["fid"] = distance(samples)
             text += f", {distance.name} {row['fid']:.4g}"
         self.rows.append(row)
-        write_rows(self.rows, folder)
-        if held_out is not None or distance is not None:
-            # The pace since the first row: the steps before it are slow, as they may compile.
-            since = self.rows[0] if len(self.rows) > 1 else {"images": 0, "seconds": 0.0}
-            pace = (row["images"] - since["images"]) / (row["seconds"] - since["seconds"])
-            tqdm.write(f"{text}, {pace:.4g} images/s")
-
-
-def write_rows(rows, folder):
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, METRICS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        with open(folder / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, METRICS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if held_out is not None or distance:
+            tqdm.write(f"{text}, {row['images'] / self.seconds:.4g} images/s")
 
 
 def save_checkpoint(run, path):
@@ -1170,9 +1091,8 @@ def catch_signals():
         for each in numbers:
             signal.signal(each, signal.SIG_DFL)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in numbers:
-            signal.signal(number, receive)
+    for number in numbers:
+        signal.signal(number, receive)
     return received
 
 
@@ -1194,11 +1114,11 @@ def loop(run, folder, held_out, distance):
     while True:
         step = run.step
         evaluates = due(step, args.eval_every, args.steps)
-        compares = args.fid_samples and due(step, args.fid_every or args.steps, args.steps)
+        compares = args.fid_samples and due(step, args.fid_every, args.steps)
         logs = evaluates or compares or due(step, LOG_EVERY, args.steps)
         stop = received[0] if received else 0
-        if WORLD_SIZE > 1:
-            stop = agreed(stop) if logs else 0  # asking takes time: all stop together where a row is due
+        if WORLD_SIZE > 1:  # asking takes time: all stop together where a row is due
+            stop = agreed(stop) if logs else 0
         saves = evaluates or compares or stop or due(step, args.checkpoint_every, args.steps)
         if logs or saves:
             if run.bad_in_a_row >= PATIENCE:  # waits for the device
@@ -1231,19 +1151,19 @@ def agreed(stop):
 
 def new_folder(path):
     """Make path or, where it exists, path-2, path-3 and so on. UserError: it cannot be made."""
-    folder = Path(path)
+    folder = path
     number = 1
     while os.path.exists(folder):
         number += 1
-        folder = Path(f"{path}-{number}")
+        folder = f"{path}-{number}"
     with explained(f"--out {folder}"):
-        folder.mkdir(parents=True)  # fails if another run has just made it
-    return folder
+        os.makedirs(folder)
+    return Path(folder)
 
 
 def pick_device(name):
     """--device, or the best there is. UserError if this machine lacks it."""
-    with explained(f"--device {name} is not to be had here, use cpu, cuda, cuda:N or mps"):
+    with explained(f"--device {name} is not available here, use cpu, cuda, cuda:N or mps"):
         device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(LOCAL_RANK if device.index is None else device.index)
@@ -1287,22 +1207,17 @@ def train(args, checkpoint):
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint does not fit these settings"):
             run.load_state_dict(checkpoint)
-        measured = ("fid_samples", "fid_features", "method", "sampling_steps", "eta")
+        measured = ("fid_samples", "fid_features", "method", "sampling_steps")
         if any(getattr(args, name) != checkpoint["args"][name] for name in measured):
             for row in run.rows:  # never mix distances that were measured differently
                 row["fid"] = None
     folder = None
     if RANK == 0:
-        names = [args.dataset, args.strategy]
-        if args.weighting != "auto":
-            names.append(args.weighting)
-        if args.momentum_decay:
-            names.append("momentum-decay")
-        folder = Path(args.resume) if args.resume else new_folder(args.out or f"runs/{'-'.join(names)}")
+        default = f"runs/{args.dataset}-{args.strategy}"
+        folder = Path(args.resume) if args.resume else new_folder(args.out or default)
         config = settings_of(args) | {"device": str(device), "torch": torch.__version__}
         config |= {"data": f"{len(images)} images {list(images.shape[1:])}", "features": distance and distance.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_rows(run.rows, folder)
         weights = sum(p.numel() for p in run.model.parameters())
         print(f"{folder}: {config['data']} to train on, {len(held_out)} held out")
         print(f"U-Net of {weights:,} weights on {WORLD_SIZE} x {device}, steps {run.step} to {args.steps}")
@@ -1327,8 +1242,7 @@ def generate(args, checkpoint):
     model.eval().to(device).to(memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
     folder = new_folder(args.out or Path(args.checkpoint).parent / "generated")
-    with make_autocast(args.amp, device):
-        images = draw_samples(model, diffusion, args, checkpoint["channels"], args.generate, args.seed)
+    images = draw_samples(model, diffusion, args, checkpoint["channels"], args.generate, args.seed)
     for i, image in enumerate(images):
         save_image(image / 255, folder / f"{i:06d}.png")
     save_grid(images, folder / "grid.png")
@@ -1467,6 +1381,7 @@ def within(kind, low, high):
     return number
 
 
+WHOLE = within(int, 0, 10**9)
 COUNT = within(int, 1, 10**9)
 POSITIVE = within(float, 1e-12, 1e12)
 SHARE = within(float, 0, 1)
@@ -1496,7 +1411,6 @@ def make_parser():
     add("--adaptive-every", type=COUNT, default=10, help="steps between updates of the policy")
     add("--adaptive-lr", type=POSITIVE, default=1e-3, help="learning rate of the policy")
     add("--adaptive-entropy", type=POSITIVE, default=0.05, help="weight of the policy's entropy")
-    add("--adaptive-authors", action="store_true", help="reward, probe and pace as in the authors' code")
     add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
     add("--image-size", type=COUNT, help="side of the square images")
@@ -1512,11 +1426,9 @@ def make_parser():
     add("--steps", type=COUNT, help="training steps")
     add("--batch-size", type=COUNT, default=128, help="images a step, of all processes together")
     add("--lr", type=POSITIVE, help="learning rate of AdamW, constant after the warm-up")
-    add("--beta1", type=SHARE, default=0.9, help="AdamW's momentum")
     add("--warmup", type=COUNT, help="steps to the full learning rate; None: 5%% of the steps")
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
-    add("--grad-clip", type=POSITIVE, default=1.0, help="largest gradient norm")
-    add("--seed", type=within(int, 0, 10**9), default=0, help="of model, order, noise and timesteps, not of the digits")
+    add("--seed", type=WHOLE, default=0, help="of model, order, noise and timesteps, not of the digits")
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
     add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: --eval-every")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
@@ -1524,14 +1436,8 @@ def make_parser():
     add("--compile", choices=("auto", "off", "on"), default="auto", help="auto: on CUDA from 5,000 steps")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
     add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
-    add("--eta", type=SHARE, default=0.0, help="noise of ddim: 0 none, 1 as much as ddpm")
-    add(
-        "--fid-samples",
-        type=within(int, 0, 10**9),
-        default=0,
-        help="samples for the Frechet distance at the end; 0: none",
-    )
-    add("--fid-every", type=COUNT, help="measure it every so many steps, too")
+    add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
+    add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
     add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
@@ -1557,6 +1463,7 @@ def parse_args(argv=None):
     args.warmup = args.warmup or max(1, args.steps // 20)
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.checkpoint_every = args.checkpoint_every or args.eval_every
+    args.fid_every = args.fid_every or args.steps
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
     if not args.report:
         check_settings(args, checkpoint)
@@ -1576,11 +1483,12 @@ def check_settings(args, checkpoint):
     if args.resume and checkpoint["step"] > args.steps:
         raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
     try:
-        momentum_decay(0.0, args.beta1)
-        build_strategy(args, GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod, 3)
+        ab = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
+        build_sampler(args, ab, 3)
+        build_weights(args, ab)
         with torch.device("meta"):
             build_unet(args, 3)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
 
 
@@ -1605,11 +1513,9 @@ def main(argv=None):
     except (FloatingPointError, OSError) as error:
         problem = one_line(error)
     except (MemoryError, RuntimeError) as error:
-        problem = one_line(error)
-        if isinstance(error, MemoryError) or "out of memory" in problem or "allocate memory" in problem:
-            problem = "out of memory: lower --batch-size, --width or --image-size"
-        elif WORLD_SIZE == 1 or not ("gloo" in problem or "NCCL" in problem):
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
             raise
+        problem = "out of memory: lower --batch-size, --width or --image-size"
     print(f"speedup_diffusion.py: {problem}", file=sys.stderr)
     return 1
 

@@ -194,9 +194,8 @@ def test_adaptive_begins_nearly_uniform_and_moves_to_the_rewarded_timesteps(star
     assert sampler.probs[start : start + 200].sum() > 0.5
 
 
-@pytest.mark.parametrize("advantage", [True, False])
-def test_the_policy_gradient_is_that_of_the_closed_form(advantage):
-    sampler = sd.AdaptiveSampler(torch.linspace(0.99, 0.01, 50), 1, entropy=0.3, floor=0.2, advantage=advantage)
+def test_the_policy_gradient_is_that_of_the_closed_form():
+    sampler = sd.AdaptiveSampler(torch.linspace(0.99, 0.01, 50), 1, entropy=0.3, floor=0.2)
     bias = torch.tensor([2.0, -1.0], requires_grad=True)  # far from uniform, where the entropy counts
     sampler.policy[-1].bias.data = bias.detach().clone()
     t = sampler.sample(torch.zeros(4, 1, 8, 8), 0)
@@ -208,10 +207,8 @@ def test_the_policy_gradient_is_that_of_the_closed_form(advantage):
     density = u ** (a - 1) * (1 - u) ** (b - 1)
     density = 0.8 * density / density.mean() + 0.2  # over (0, 1): its mean is 1
     entropy = -(density * density.log()).mean()
-    reward = deltas.sum(0) + 0.3 * entropy
-    if advantage:
-        reward = torch.tensor(scipy.stats.zscore(scipy.stats.zscore(deltas, 1).sum(0)))
-    objective = (reward * density[t].log()).mean() + 0.3 * entropy * advantage
+    advantage = torch.tensor(scipy.stats.zscore(scipy.stats.zscore(deltas, 1).sum(0)))
+    objective = (advantage * density[t].log()).mean() + 0.3 * entropy
     (-objective).backward()
     assert np.allclose(found / found.norm(), bias.grad / bias.grad.norm(), atol=1e-3)
 
@@ -258,7 +255,6 @@ def test_geometric_bins_cover_every_timestep_once_and_widen():
     assert ends[-1] == 1000
     assert ((ends - widths <= middles) & (middles < ends)).all()
     assert widths[-1] > 4 * widths[0]
-    assert sd.geometric_bins(50, 100)[0].tolist() == list(range(50))
 
 
 def test_adaptive_selects_of_each_third_the_column_that_correlates_most_with_the_weighted_sum():
@@ -296,12 +292,12 @@ SECTION_2 = SOURCE[SOURCE.index("\n# 2 Acc") : SOURCE.index("\n# 3 U-Net")]
 
 @pytest.mark.parametrize("name", re.findall(r"\n(?:class|def) (\w+)", SECTION_2))
 def test_each_acceleration_runs_where_only_its_source_is_pasted(name):
-    """With math, torch, and the pieces that the first line of its docstring names in backticks."""
+    """With math, torch, nn, F, and the pieces that the first line of its docstring names in backticks."""
     given = {"timesteps": 100, "total_steps": 100, "in_channels": 1, "progress": 0.5, "count": 9}
     for argument in ("alphas_cumprod", "weights", "probs", "tensor"):
         given[argument] = torch.linspace(0.99, 0.01, 100)
     piece = getattr(sd, name)
-    elsewhere = {"math": math, "torch": torch}
+    elsewhere = {"math": math, "torch": torch, "nn": nn, "F": nn.functional}
     for needed in (*re.findall("`(.+?)`", piece.__doc__.splitlines()[0]), name):
         exec(inspect.getsource(getattr(sd, needed)), elsewhere)
     arguments = given.keys() & inspect.signature(piece).parameters
@@ -349,9 +345,9 @@ def test_unet_keeps_the_shape_depends_on_t_and_learns_everywhere(channels, size,
 
 
 def test_self_attention_is_softmax_attention():
-    layer = awake(sd.SelfAttention(128))
-    x = torch.randn(2, 128, 3, 5)
-    q, k, v = layer.qkv(layer.norm(x)).view(2, 3, 2, 64, 15).unbind(1)  # each [B, heads, 64, H W]
+    layer = awake(sd.SelfAttention(64))
+    x = torch.randn(2, 64, 3, 5)
+    q, k, v = layer.qkv(layer.norm(x)).view(2, 3, 64, 15).unbind(1)  # each [B, C, H W]
     attended = v @ (q.mT @ k / 8).softmax(-1).mT
     assert torch.allclose(layer(x), x + layer.out(attended.reshape(x.shape)), atol=1e-4)
 
@@ -396,7 +392,6 @@ def solid(mode, colour, **options):
         ("photo.avif", solid("L", 0), [0, 0, 0]),
         ("16 bits.png", solid("I;16", 100), "more than 8 bits a channel, convert it to 8 bits"),
         ("postscript.png", solid("L", 1, format="EPS"), "cannot identify"),  # it could run code
-        ("pipe.png", os.mkfifo, "no file"),
     ],
 )
 def test_an_odd_image_is_read_right_or_refused_by_name(tmp_path, name, write, expected):
@@ -492,7 +487,7 @@ def test_without_a_network_fid_is_refused_before_training(here, capsys, monkeypa
     monkeypatch.setitem(sd.DIGITS, "fid_features", None)
     assert main(f"{TINY} --fid-samples 10") == 2
     assert not os.listdir()
-    assert re.search("or give --fid-features.*no network", capsys.readouterr().err)
+    assert re.search("--fid-features None: .* clean-fid downloads.*no network", capsys.readouterr().err)
 
 
 # 6 Training
@@ -534,7 +529,7 @@ def assert_same_run(one, two):
 
 def test_a_run_learns_says_what_it_measures_and_leaves_its_results(here, capsys):
     assert main(f"{TINY} --momentum-decay --steps 80 --eval-every 40 --lr 1e-2 --ema-decay 0.9 --fid-samples 32") == 0
-    os.chdir("runs/digits-uniform-momentum-decay")
+    os.chdir("runs/digits-uniform")
     assert sorted(os.listdir()) == "checkpoint.pt config.json metrics.csv samples-40.png samples-80.png".split()
     rows = metrics(".")
     assert [row["step"] for row in rows] == ["25", "40", "50", "75", "80"]
@@ -580,7 +575,6 @@ def test_the_flags_of_the_adaptive_sampler_reach_it():
     run = training(f"{METHODS[4]} --adaptive-lr 0.5 --adaptive-entropy 0.25")
     assert_identical(run.sampler.reward_weights, run.raw_weights)
     assert (run.sampler.every, run.sampler.optimizer.defaults["lr"], run.sampler.entropy) == (2, 0.5, 0.25)
-    assert training("--strategy adaptive --adaptive-authors").sampler.every == 40
 
 
 STOPS = [  # what comes before a step, that step, the exit status, the step of the checkpoint
@@ -632,18 +626,19 @@ def test_a_finished_run_trains_longer_and_is_measured_again(here):
 
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_the_optimiser_receives_the_decayed_momentum_and_clipped_gradients_that_are_finite(amp):
-    run = training(f"--momentum-decay --lr 0.01 --warmup 2 --beta1 0.8 --grad-clip 0.001 --amp {amp}")
+    run = training(f"--momentum-decay --lr 0.01 --warmup 2 --amp {amp}")
+    run.model.register_forward_hook(lambda model, x, eps: eps - 1)  # a gradient to clip
     for step in range(3):
         if step == 1:
             spoil_the_loss(run)
         run.train_step()
-        beta1, factor = sd.momentum_decay(step / 6, 0.8)
+        beta1, factor = sd.momentum_decay(step / 6)
         received = run.optimizer.param_groups[0]
         assert received["betas"] == (beta1, 0.999)
         assert received["lr"] == pytest.approx(0.01 * factor * min(1, (step + 1) / 2))
         assert run.bad_in_a_row == (step == 1)
     norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-    assert norm.item() == pytest.approx(0.001, rel=0.01)
+    assert norm.item() == pytest.approx(1, rel=0.01)
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
@@ -712,7 +707,7 @@ def test_no_step_waits_for_the_gpu(method, request):
 
 # Several processes: this file is started twice, and the tests look at what its two ranks left behind
 
-ADAPTING = f"{TINY} --momentum-decay --adaptive-every 2 --grad-clip 1e6 --strategy"
+ADAPTING = f"{TINY} --momentum-decay --adaptive-every 2 --strategy"
 
 
 def start_ranks(folder, *command):
@@ -748,20 +743,19 @@ def one_of_two():
     if sd.RANK == 0:
         shutil.copytree("stopped", "as-one")
     assert main("--resume stopped") == 0
-    with before_steps({5} if sd.RANK == 1 else {}, lambda run: signal.raise_signal(signal.SIGKILL)):
-        os._exit(main(f"{flags} dead"))
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return folder, *start_ranks(folder, __file__)
+    assert start_ranks(folder, __file__)[0] == [0, 0]
+    return folder
 
 
 @pytest.mark.parametrize("strategy", sd.STRATEGIES)
 def test_two_ranks_stay_the_same_with_the_gradient_of_one_process(two_ranks, strategy):
-    before, one, half = torch.load(two_ranks[0] / f"{strategy}-0.pt", weights_only=True)
-    _, two, other_half = torch.load(two_ranks[0] / f"{strategy}-1.pt", weights_only=True)
+    before, one, half = torch.load(two_ranks / f"{strategy}-0.pt", weights_only=True)
+    _, two, other_half = torch.load(two_ranks / f"{strategy}-1.pt", weights_only=True)
     assert_identical(one, two)
     assert sum(not loss.isfinite() for loss in one["losses"]) == (strategy == "speed")  # for a loss of rank 1 alone
     run = training(f"{ADAPTING} {strategy}")
@@ -772,21 +766,15 @@ def test_two_ranks_stay_the_same_with_the_gradient_of_one_process(two_ranks, str
     weights = sd.normalize_weights(run.raw_weights, run.sampler.probs)[t]
     error = run.model(run.diffusion.q_sample(x0, t, noise), t) - noise
     (weights * error.square().mean((1, 2, 3))).mean().backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     torch.testing.assert_close(one["grad"], [p.grad for p in run.model.parameters()], rtol=1e-4, atol=1e-6)
 
 
 def test_two_ranks_resume_as_two_and_as_one(two_ranks, monkeypatch):
-    monkeypatch.chdir(two_ranks[0])
+    monkeypatch.chdir(two_ranks)
     assert_same_run("whole", "stopped")
     assert checkpoint("as-one")["step"] == 6
     assert main("--resume as-one") == 0
-
-
-def test_a_rank_that_dies_ends_the_run(two_ranks):
-    folder, statuses, errors = two_ranks
-    assert statuses == [1, -signal.SIGKILL], errors
-    assert errors[0].splitlines()[-1].startswith("speedup_diffusion.py: ")
-    assert "Traceback" not in errors[0]
 
 
 def test_two_ranks_started_by_a_launcher_refuse_once(here):
@@ -831,8 +819,8 @@ def test_the_report_compares_each_run_with_the_baselines_mean_curve(here, capsys
 
 # 8 Command line
 
-BAD_INPUT = """--stepps 3 | --step 3 | --timesteps 0 | --steps 0 | --speed-k 0.5 | --speed-tau 1001 | --speed-lam 1.1
---weighting change-aware --speed-lam 0.4 | --beta1 1 | --fid-samples 1 | --width 9 | --attention 5 | --image-size 18
+BAD_INPUT = """--stepps 3 | --step 3 | --timesteps 0 | --steps 0 | --strategy speed --speed-k 0.5 | --strategy speed --speed-tau 1001 | --speed-lam 1.1
+--weighting change-aware --speed-lam 0.4 | --fid-samples 1 | --width 9 | --attention 5 | --image-size 18
 --batch-size 9729 | --sampling-steps 1001 | --warmup 2000 | --strategy adaptive --timesteps 2 | --report | --device tpu
 --lr= | --lr=nan | --lr=inf | --lr=-1 | --seed=-1 | --seed=many | --steps=1e30 | --dropout=nan | --fid-samples=-1
 --generate 4 | --checkpoint @made/checkpoint.pt | --dataset folder --data-dir @made | --out @made | --resume nowhere
