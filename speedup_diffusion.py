@@ -272,10 +272,10 @@ def average_over_processes(tensor):
 def policy_network(in_channels):
     """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5, so Beta(0.97, 0.97).
 
-    Three convolutions and three linear layers as in the authors' code. Images are pooled to 8x8 first, which
+    Three convolutions and three linear layers as in the authors' code. Images are resized to 8x8 first, which
     is cheap and lets them have any size.
     """
-    layers = [nn.AdaptiveAvgPool2d(8)]
+    layers = [nn.Upsample((8, 8), mode="bilinear")]
     for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
         # Pooling before the ReLU: the same result for a quarter of its work.
         layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.MaxPool2d(2), nn.ReLU()]
@@ -857,7 +857,7 @@ class FrechetDistance:
     def __init__(self, features, device, images, published_cifar10=False):
         self.name = f"FD ({Path(features).name})" if features else "FID"
         self.device = device
-        with explained(f"--fid-features {features}: neither digits nor TorchScript nor what clean-fid downloads"):
+        with explained(f"--fid-features {features} cannot be used; digits needs no file and no download"):
             if features == "digits":
                 self.features = digit_features()
             elif features:
@@ -1083,7 +1083,7 @@ def load_checkpoint(path):
 def catch_signals():
     """A list that SIGINT, SIGTERM or SIGHUP, once received, is put into; a second one has its default effect."""
     received = []
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]  # Windows has no SIGHUP
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
 
     def receive(number, frame):
@@ -1378,6 +1378,7 @@ def within(kind, low, high):
             raise ValueError
         return kind(text)
 
+    number.__name__ = f"number from {low:g} to {high:g}"  # for the error message
     return number
 
 
@@ -1472,8 +1473,8 @@ def parse_args(argv=None):
 
 def check_settings(args, checkpoint):
     """UserError where settings clash. What a class itself refuses is found by building it, without weights."""
-    if args.out and os.path.exists(args.out):
-        raise UserError(f"--out {args.out} exists: name a new folder")
+    if args.out and (args.resume or os.path.exists(args.out)):
+        raise UserError(f"--out {args.out} must be a new folder, and has no place beside --resume")
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
     if args.sampling_steps > args.timesteps:
