@@ -813,7 +813,8 @@ def test_the_report_compares_each_run_with_the_baselines_mean_curve(here, capsys
 
 # 8 Command line
 
-BAD_INPUT = """--stepps 3 | --step 3 | --timesteps 0 | --steps 0 | --strategy speed --speed-k 0.5 | --strategy speed --speed-tau 1001 | --speed-lam 1.1
+BAD_INPUT = """--stepps 3 | --step 3 | --timesteps 0 | --steps 0 | --speed-lam 1.1 | --resume @made --out new
+--strategy speed --speed-k 0.5 | --strategy speed --speed-tau 1001 | --strategy speed --speed-variant code --timesteps 1
 --weighting change-aware --speed-lam 0.4 | --fid-samples 1 | --width 9 | --attention 5 | --image-size 18
 --batch-size 9729 | --sampling-steps 1001 | --warmup 2000 | --strategy adaptive --timesteps 2 | --report | --device tpu
 --lr= | --lr=nan | --lr=inf | --lr=-1 | --seed=-1 | --seed=many | --steps=1e30 | --dropout=nan | --fid-samples=-1
