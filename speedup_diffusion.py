@@ -107,7 +107,7 @@ class GaussianDiffusion:
     def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True):
         """One step t -> t_prev (int64 [B], -1 means x0) of DDIM, Song et al., arXiv:2010.02502, eq. 12.
 
-        eta = 0 is deterministic and does not read noise (None will do); eta = 1 has DDPM's variance.
+        eta = 0 is deterministic, noise may be None; eta = 1 has DDPM's variance.
         clip: x0 is clipped to [-1, 1] and epsilon taken again from the clipped x0.
         """
         signal = self._signal[t]
@@ -199,7 +199,7 @@ class SpeeDSampler:
     authors' code. tau=None is our rule for any schedule: the number of t with ab >= 0.0069, 700 on that one.
     SpeeD is this sampler together with `change_aware_weights`.
     mirror: the authors' training runs also reflect half of each batch about m = mirror: t < m becomes m - t, the
-    others t - m. In distribution that is P'(t) = (P(t) + the sum of P(s) over all s reflected onto t) / 2.
+    others t - m. To draw from P'(t) = (P(t) + the sum of P(s) over all s reflected onto t) / 2 is the same.
     Cost: none. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T, mirror outside 1..T-1.
     """
 
@@ -234,7 +234,7 @@ class SpeeDSampler:
 
 
 class CurriculumSampler:
-    """Curriculum timestep schedule (CLTS): begin with all timesteps, then train the easy, noisy ones less.
+    """Curriculum timestep schedule (CLTS): begin uniform, then train the easy, noisy timesteps less.
 
         p_n(t) = (1 - gamma_n) / T + gamma_n N(t; mu T, sigma T),    gamma_n = min(1, n / total_steps)
 
@@ -302,10 +302,10 @@ class AdaptiveSampler:
         P(t | x0) = (1 - floor) softmax over t of [(a - 1) log u_t + (b - 1) log(1 - u_t)] + floor / T
 
     Every `every` steps it measures what an update of the model changed: Delta^t = L_t before it - L_t after it,
-    L_t being reward_weights[t] times the epsilon-MSE at t. On the batch just drawn,
-      1. Delta^t of ONE image at up to `probe` timesteps enters a queue of `queue`;
-      2. Delta^t of EVERY image at the `selected` timesteps S makes its advantage A: standardised over the
-         batch for each t, summed over S, and standardised again;
+    L_t being reward_weights[t] times the epsilon-MSE at t. S is a set of `selected` timesteps that stand for all.
+      1. Delta^t of ONE image of the batch at up to `probe` timesteps is appended to the last `queue` of these;
+      2. Delta^t of EVERY image at the t in S makes its advantage A: standardised over the batch for each t,
+         summed over S, and standardised again;
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
       4. S becomes the timesteps whose column of the queue best predicts the sum of Delta over all t (largest
          r^2): one of each third of the probe.
@@ -314,14 +314,14 @@ class AdaptiveSampler:
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
     (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, gradient norm 1. Their reward
     is the sum of Delta over S plus entropy H, where H drowns Delta; probe = T, every = 40, lr = entropy = 1e-2.
-    Ours: A in its place; before and after share x_t and noise, so that Delta shows the update and not the draw,
-    and are measured without dropout; probes lie denser at small t, each counted by the timesteps it stands for;
+    Ours: A as the reward; before and after share x_t and noise, so that Delta shows the update and not the draw,
+    and are measured without dropout; probes lie denser at small t, each weighted by the width of its bin;
     S is spread, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so that no t dies
     out; bins in place of t = round(u (T - 1)).
     reward_weights: [T]. None: the bound's coefficients, as in the paper, less those of timesteps whose beta is
-    capped at 0.999 (on the cosine schedule one such t is nearly all of the bound). The loss weights, for a policy
-    that lowers the loss that is trained, are our own variant. As A standardises each t of S, the weights only
-    decide which t become S.
+    capped at 0.999 (on the cosine schedule one such t is nearly all of the bound). Given the loss weights, the
+    reward is a lower training loss, our own variant. As A standardises each t of S, the weights only decide
+    which t become S.
     Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
     policy at every step.
 
@@ -443,8 +443,8 @@ class AdaptiveSampler:
 
     @staticmethod
     def most_predictive(deltas, widths, count):
-        """Indices [count]: of each of count equal parts of the columns of deltas [n, G], the one with the largest
-        squared correlation with deltas @ widths."""
+        """Cut the columns of deltas [n, G] into count parts; of each part the index of one column: the one with
+        the largest squared correlation with deltas @ widths. int64 [count]."""
         x = deltas - deltas.mean(0)
         y = x @ widths.to(x.dtype)
         r2 = torch.nan_to_num((y @ x) ** 2 / (x.square().sum(0) * y.square().sum()), -1.0)
@@ -457,14 +457,13 @@ def change_aware_weights(alphas_cumprod, lam=0.6, tau=None):
 
         g = gradient of (1 - ab) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam    [T]
 
-    Source: Wang et al., arXiv:2405.17403. lam = 0.6 is the default of the authors' code. The formula, on all
-    t, is as third parties read it. The authors' code sets the weight to 1 for t >= tau, which is more than
-    the others have: give tau (`SpeeDSampler(...).tau`) for that. Cost: none.
+    Source: Wang et al., arXiv:2405.17403. lam = 0.6 is the default of the authors' code. tau=None: the formula
+    on all t, as third parties read it. With tau (`SpeeDSampler(...).tau`) the weight is 1 for t >= tau, more than
+    the others have, as in the authors' code. Cost: none.
     alphas_cumprod: [T], not a straight line. ValueError: lam outside [0.5, 1], or T < 3.
     """
     if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 3:
-        problem = "change-aware weights: lam must lie in [0.5, 1] and T be at least 3"
-        raise ValueError(f"{problem}, got lam = {lam}, T = {len(alphas_cumprod)}")
+        raise ValueError(f"change-aware: lam {lam} must lie in [0.5, 1], T {len(alphas_cumprod)} be at least 3")
     g = torch.gradient(1 - alphas_cumprod.cpu().double())[0]
     g = (g - g.min()) / (g.max() - g.min())
     weights = (1 - lam) + (2 * lam - 1) * g
@@ -566,7 +565,7 @@ class UNet(nn.Module):
 
     Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way
     up, at half the resolution of level i - 1. attention: sides of the (square) feature maps that get
-    self-attention, None for the lowest level's; unless empty, the middle has it too. patch: images are folded
+    self-attention, None for the lowest level's; the middle has it too, unless empty. patch: images are folded
     to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
     ValueError: an odd width, an image_size that patch and the levels do not divide, or an attention side that no
     feature map has.
@@ -825,7 +824,7 @@ def digit_features():
 
 
 def inception_features(device):
-    """The same by InceptionV3, [N, 2048], resized as clean-fid does it, which makes FIDs comparable."""
+    """Like digit_features, but InceptionV3's, [N, 2048], resized as by clean-fid, which makes FIDs comparable."""
     from cleanfid.features import build_feature_extractor
     from cleanfid.resize import build_resizer
 
@@ -850,7 +849,7 @@ class FrechetDistance:
 
     features: "digits" for digit_features; a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D],
     which runs code: open your own files; None for clean-fid's InceptionV3, and only that is FID.
-    images: uint8 [N, C, H, W], to train on. published_cifar10: with InceptionV3, clean-fid's own statistics of
+    images: the training images, uint8 [N, C, H, W]. published_cifar10: with InceptionV3, clean-fid's own statistics of
     CIFAR-10 take their place. UserError: what cannot be had, and what to do.
     """
 
@@ -889,7 +888,7 @@ class FrechetDistance:
 # and the step, so a resumed run draws what the unbroken one would have drawn.
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
-PATIENCE = 10  # so many losses in a row that are not finite end a run
+PATIENCE = 10  # a run ends if at a row the last ten losses or gradients were not finite
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 
 
@@ -925,7 +924,7 @@ def build_sampler(args, ab, channels):
 
 
 class Training:
-    """A run: all that its checkpoint holds, and one step. All of it is the same in every process.
+    """A run: all that its checkpoint holds, and one step. Weights and policy are the same in every process.
 
     Every strategy sees the same images, flips and noise under one seed: they are drawn first. Of several
     processes each takes its share of the batch, with noise, timesteps and dropout of its own.
@@ -945,8 +944,7 @@ class Training:
         self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
         self.sampler = build_sampler(args, self.diffusion.alphas_cumprod, channels)
         self.raw_weights = build_weights(args, self.diffusion.alphas_cumprod)
-        long_on_gpu = device.type == "cuda" and args.steps >= 5_000  # compiling takes a minute or two
-        if args.compile == "on" or (args.compile == "auto" and long_on_gpu):
+        if args.compile == "on" or (args.compile == "auto" and device.type == "cuda" and args.steps >= 5_000):
             self.model.compile()
             self.ema.compile()
         # DDP averages the gradients of what passes through it; all else calls the bare model.
@@ -991,7 +989,7 @@ class Training:
         return x0
 
     def train_step(self):
-        """One update, from the images of this step to the weight average. Never waits for a GPU."""
+        """One update, from the images of this step to the weight average. Waits for a GPU once an epoch."""
         args = self.args
         # A CPU generator keeps only 32 bits of a seed: a large odd factor keeps the ranks' seeds apart.
         seed = args.seed * 1_000_003 + RANK * 2_654_435_769 + 2 * self.step
@@ -1009,17 +1007,15 @@ class Training:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for p in self.model.parameters():  # fp16's scaler has noted what is not finite and skips that update
+        # What is not finite becomes zero; fp16's scaler has noted it before, and skips that update.
+        for p in self.model.parameters():
             torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
         loss = average_over_processes(loss.detach().clone())
         self.losses.append(loss)
         self.bad_in_a_row = torch.where(loss.isfinite() & norm.isfinite(), 0, self.bad_in_a_row + 1)
 
-        lr = args.lr * min(1.0, (self.step + 1) / args.warmup)
-        beta1 = 0.9
-        if args.momentum_decay:
-            beta1, lr_scale = momentum_decay(self.step / args.steps)
-            lr = lr * lr_scale
+        beta1, lr_scale = momentum_decay(self.step / args.steps) if args.momentum_decay else (0.9, 1.0)
+        lr = args.lr * lr_scale * min(1.0, (self.step + 1) / args.warmup)
         self.optimizer.param_groups[0].update(lr=lr, betas=(beta1, 0.999))
         if args.strategy == "adaptive":
             self.sampler.before_update(self.model, self.step)
@@ -1041,13 +1037,13 @@ class Training:
         row |= {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
         row |= {"loss": losses[losses.isfinite()].mean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
         text = f"step {self.step}: loss {row['loss']:.4f}"
-        drawn_by = (self.ema, self.diffusion, args, self.images.shape[1])
+        sampling = (self.ema, self.diffusion, args, self.images.shape[1])
         with self.autocast:
             if held_out is not None:
                 row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out)
-                save_grid(draw_samples(*drawn_by, 64), folder / f"samples-{self.step}.png")
+                save_grid(draw_samples(*sampling, 64), folder / f"samples-{self.step}.png")
                 text += f", val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
-            samples = draw_samples(*drawn_by, args.fid_samples) if distance else None
+            samples = draw_samples(*sampling, args.fid_samples) if distance else None
         if distance:
             row["fid"] = distance(samples)
             text += f", {distance.name} {row['fid']:.4g}"
@@ -1081,7 +1077,7 @@ def load_checkpoint(path):
 
 
 def catch_signals():
-    """A list that SIGINT, SIGTERM or SIGHUP, once received, is put into; a second one has its default effect."""
+    """A list to which the first SIGINT, SIGTERM or SIGHUP is appended; a second one has its default effect."""
     received = []
     numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]  # Windows has no SIGHUP
     numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
@@ -1097,7 +1093,7 @@ def catch_signals():
 
 
 def due(step, every, steps):
-    """Whether what happens every so many steps, and after the last, happens after this one."""
+    """True at every multiple of `every` and at the last step."""
     return step > 0 and (step % every == 0 or step == steps)
 
 
@@ -1126,7 +1122,7 @@ def loop(run, folder, held_out, distance):
                 raise FloatingPointError(f"{problem}; take a lower --lr, or not --amp fp16")
             run.seconds += time.perf_counter() - clock
             if evaluates:
-                run.probs.setdefault(step, run.sampler.probs.cpu())  # a resumed run has it already
+                run.probs.setdefault(step, run.sampler.probs.cpu())  # a resumed run keeps what it has
             if saves and RANK == 0:
                 save_checkpoint(run, folder / "checkpoint.pt")
             if stop:
@@ -1143,7 +1139,7 @@ def loop(run, folder, held_out, distance):
 
 
 def agreed(stop):
-    """The largest of what the processes say, in all of them."""
+    """The largest stop of all processes."""
     stop = torch.tensor(stop)
     distributed.all_reduce(stop, distributed.ReduceOp.MAX)
     return stop.item()
@@ -1294,8 +1290,8 @@ def cell(values):
 def report(folders, out):
     """Print a Markdown table of the runs, a row a setting, the first the baseline; draw their curves.
 
-    speed-up: how many times fewer steps than the baseline's mean curve a run took to where that curve ends;
-    "-" where some run of that setting never got there.
+    speed-up: the step at which the baseline's mean curve first reaches its final value, divided by the step at
+    which a run does; "-" where some run of that setting never does.
     """
     runs = [read_run(folder) for folder in folders]
     base = runs[0][1]
@@ -1355,7 +1351,7 @@ def draw(groups, label, out):
 # 8 Command line ---------------------------------------------------------------------------------------------
 
 # What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes.
-# cifar10: as the adaptive sampler's authors have it, but for their quad schedule; the others follow from it.
+# cifar10, and folder: as the adaptive sampler's authors have it, but for their quad schedule.
 DIGITS = {"image_size": 16, "patch": 2, "width": 48, "mults": [1, 1], "num_blocks": 1, "steps": 1600, "lr": 2e-3}
 DIGITS |= {"ema_decay": 0.998, "fid_samples": 512, "fid_features": "digits"}
 MNIST = {"image_size": 28, "width": 64, "mults": [1, 2, 2], "steps": 20_000, "lr": 1e-3, "ema_decay": 0.999}
@@ -1408,7 +1404,7 @@ def make_parser():
     add("--speed-lam", type=SHARE, default=0.6, help="change-aware weights lie in [1 - lam, lam]")
     add("--curriculum-mu", type=SHARE, default=0.3, help="centre of the Gaussian, in units of T")
     add("--curriculum-sigma", type=POSITIVE, default=0.5, help="its width, in units of T")
-    add("--adaptive-reward", choices=("bound", "loss"), default="bound", help="what the policy is to lower fast")
+    add("--adaptive-reward", choices=("bound", "loss"), default="bound", help="what the policy learns to lower")
     add("--adaptive-every", type=COUNT, default=10, help="steps between updates of the policy")
     add("--adaptive-lr", type=POSITIVE, default=1e-3, help="learning rate of the policy")
     add("--adaptive-entropy", type=POSITIVE, default=0.05, help="weight of the policy's entropy")
@@ -1434,7 +1430,7 @@ def make_parser():
     add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: --eval-every")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
-    add("--compile", choices=("auto", "off", "on"), default="auto", help="auto: on CUDA from 5,000 steps")
+    add("--compile", choices=("auto", "off", "on"), default="auto", help="takes a minute or two; auto: on CUDA from 5,000 steps")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
     add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
@@ -1494,7 +1490,7 @@ def check_settings(args, checkpoint):
 
 
 def main(argv=None):
-    """Exit status: 0; 2 for what the user can mend; 1 for a failing disk or a diverging run; 128 + signal."""
+    """Exit status: 0; 2: the user can fix it; 1: disk or memory is full, or the run diverged; 128 + signal."""
     try:
         args, checkpoint = parse_args(argv)
         if args.report:

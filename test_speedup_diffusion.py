@@ -442,17 +442,7 @@ def test_evaluate_sums_the_coefficients_of_the_timesteps_whose_noise_a_model_mis
     assert val_vlb == pytest.approx(diffusion.vlb_coefficients[int(known * T) :].sum().item(), rel=0.03)
 
 
-def test_the_frechet_distance_is_scipys():
-    one = torch.randn(300, 8, dtype=torch.float64)
-    two = one * torch.rand(8) + 1
-    covs = [one.T.cov(), two.T.cov()]
-    root = scipy.linalg.sqrtm((covs[0] @ covs[1]).numpy()).real
-    expected = (one.mean(0) - two.mean(0)).square().sum() + sum(covs).trace() - 2 * np.trace(root)
-    found = sd.frechet_distance(one.mean(0), covs[0], two.mean(0), covs[1])
-    assert found == pytest.approx(expected.item(), rel=1e-9)
-
-
-def test_fid_is_that_of_clean_fid(monkeypatch, here):
+def test_fid_is_that_of_clean_fid_and_scipy(monkeypatch, here):
     from cleanfid import fid
 
     # clean-fid calls a SciPy function with an argument that SciPy 1.18 no longer has.
