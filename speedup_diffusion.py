@@ -1430,7 +1430,7 @@ def make_parser():
     add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: --eval-every")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
-    add("--compile", choices=("auto", "off", "on"), default="auto", help="takes a minute or two; auto: on CUDA from 5,000 steps")
+    add("--compile", choices=("auto", "off", "on"), default="auto", help="takes minutes; auto: CUDA from 5,000 steps")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
     add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
