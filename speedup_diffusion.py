@@ -1272,9 +1272,9 @@ def mean_curve(runs, name):
 
 def reach(points, target):
     """The step at which the line through points, a curve, first falls to target; None if it never does."""
-    for (step, value), (next_step, next_value) in zip(points[:1] + points, points):
-        if next_value <= target:
-            share = (value - target) / max(value - next_value, 1e-12)
+    for (step, value), (next_step, next_value) in zip(points, points[1:]):
+        if min(value, next_value) <= target:
+            share = max(0.0, value - target) / max(value - next_value, 1e-12)
             return step + share * (next_step - step)
     return None
 
@@ -1291,7 +1291,7 @@ def report(folders, out):
     """Print a Markdown table of the runs, a row a setting, the first the baseline; draw their curves.
 
     speed-up: the step at which the baseline's mean curve first reaches its final value, divided by the step at
-    which a run does; "-" where some run of that setting never does.
+    which a run does; "-" where some run of that setting never does, or was measured only once.
     """
     runs = [read_run(folder) for folder in folders]
     base = runs[0][1]
@@ -1316,7 +1316,7 @@ def report(folders, out):
                 first = reach(goal, goal[-1][1])
                 reached = [reach(points, goal[-1][1]) for points in curves]
                 cells.append(cell([points[-1][1] for points in curves]))
-                cells.append(cell([step and first / step for step in reached]))
+                cells.append(cell([first and step and first / step for step in reached]))
             else:
                 cells += ["-", "-"]
         cells.append(cell([rows[-1]["seconds"] / rows[-1]["step"] for _, _, rows in members]))
@@ -1335,13 +1335,13 @@ def draw(groups, label, out):
     axes = figure.subplots(1, 3)
     for number, (setting, runs) in enumerate(groups.items()):
         style = {"color": f"C{number}", "label": setting}
-        axes[0].plot(*zip(*mean_curve(runs, "fid")), **style)
-        axes[1].plot(*zip(*mean_curve(runs, "val_vlb")), **style)
+        axes[0].plot(*zip(*mean_curve(runs, "fid")), marker=".", **style)
+        axes[1].plot(*zip(*mean_curve(runs, "val_vlb")), marker=".", **style)
         for probs in list(load_checkpoint(Path(runs[0][0], "checkpoint.pt"))["probs"].values())[-1:]:
             axes[2].plot(probs * len(probs), **style)
     axes[0].set(xlabel="step", ylabel=label, yscale="log")
     axes[1].set(xlabel="step", ylabel="val_vlb", yscale="log")
-    axes[2].set(xlabel="t", ylabel="T P(t) at the end", yscale="log")
+    axes[2].set(xlabel="t", ylabel="T P(t) at the end", yscale="log", ylim=(0.01, None))
     figure.legend(handles=axes[1].lines, loc="outside lower center", ncols=2)
     folder = new_folder(out or "runs/report")
     figure.savefig(folder / "report.png")
