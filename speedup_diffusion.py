@@ -308,7 +308,7 @@ class AdaptiveSampler:
          summed over S, and standardised again;
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
       4. S becomes the timesteps whose column of the queue best predicts the sum of Delta over all t (largest
-         r^2): one of each third of the probe.
+         r^2): one of each third of the probe, if S has three.
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
