@@ -43,6 +43,7 @@ assert_identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0,
 def seeded():
     torch.manual_seed(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job would ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
 
 @pytest.fixture
