@@ -54,6 +54,7 @@ compare: $(VENV)/matplotlib
 	    run speed-weights --weighting change-aware; \
 	    run curriculum --strategy curriculum; \
 	    run momentum-decay --momentum-decay; \
+	    run curriculum-momentum-decay --strategy curriculum --momentum-decay; \
 	    run adaptive --strategy adaptive; \
 	    run adaptive-loss --strategy adaptive --adaptive-reward loss --weighting change-aware --speed-lam 0.8 --adaptive-entropy 0.1; \
 	    run min-snr --weighting min-snr; \

@@ -1064,7 +1064,7 @@ def save_checkpoint(run, path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} is as it was, the new one could not be written ({one_line(error)})") from error
+        raise OSError(f"{path} could not be written, an older one there is whole ({one_line(error)})") from error
 
 
 def load_checkpoint(path):
@@ -1334,7 +1334,7 @@ def draw(groups, label, out):
     figure = Figure((15, 5), layout="constrained")
     axes = figure.subplots(1, 3)
     for number, (setting, runs) in enumerate(groups.items()):
-        style = {"color": f"C{number}", "label": setting}
+        style = {"color": f"C{number}", "ls": ("-", "--", ":")[number // 10 % 3], "label": setting}  # ten colours
         axes[0].plot(*zip(*mean_curve(runs, "fid")), marker=".", **style)
         axes[1].plot(*zip(*mean_curve(runs, "val_vlb")), marker=".", **style)
         for probs in list(load_checkpoint(Path(runs[0][0], "checkpoint.pt"))["probs"].values())[-1:]:
