@@ -910,9 +910,11 @@ def test_ten_kills_even_while_a_checkpoint_is_written_lose_nothing(here):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [*(f"--strategy {name}" for name in sd.STRATEGIES), "--momentum-decay"])
 def test_the_default_run_draws_digits(here, options):
-    assert main(f"{options} --device cpu --fid-every 160 --out run") == 0
-    distances = [float(row["fid"]) for row in metrics("run") if row["fid"]]
-    assert distances[-1] < 20 < distances[0]
+    """The distance is 0.5 for held-out digits, 194 for noise, 26 to 52 after 80 steps."""
+    assert main(f"{options} --device cpu --steps 80 --out begun") == 0
+    assert main(f"{options} --device cpu --out run") == 0
+    begun, trained = (float(metrics(run)[-1]["fid"]) for run in ("begun", "run"))
+    assert 0.5 < trained < 8 < 20 < begun
 
 
 # Speed: nothing is asserted of seconds, which vary from machine to machine
