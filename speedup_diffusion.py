@@ -22,10 +22,8 @@ import os
 import random
 import re
 import signal
-import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 # Whoever starts several processes, torchrun or another launcher, numbers them: over all machines and on each.
 RANK = int(os.environ.get("RANK", "0"))
@@ -149,7 +148,7 @@ class GaussianDiffusion:
         x = torch.randn(shape, generator=generator).to(device)
         for now, then in zip(times, times[1:] + [-1]):
             t = torch.full((len(x),), now, device=device)
-            t_prev = torch.full((len(x),), then, device=device)
+            t_prev = torch.full_like(t, then)
             noise = torch.randn(shape, generator=generator).to(device) if eta > 0 else None
             x = self.ddim_step(x, t, t_prev, model(x, t).to(x.dtype), eta, noise)
         return x
@@ -215,8 +214,8 @@ class SpeeDSampler:
         if mirror is not None:
             if not 1 <= mirror < T:
                 raise ValueError(f"SpeeD: mirror must lie in 1..{T - 1}, got {mirror}")
-            reflected = torch.where(t < mirror, mirror - t, t - mirror)
-            self.probs = (self.probs + torch.zeros_like(self.probs).index_add(0, reflected, self.probs)) / 2
+            reflected = torch.zeros_like(self.probs).index_add(0, (t - mirror).abs(), self.probs)
+            self.probs = (self.probs + reflected) / 2
 
     @staticmethod
     def mirror_step(alphas_cumprod):
@@ -414,12 +413,12 @@ class AdaptiveSampler:
         """Measure L_t again, with the same x_t and noise; update the policy, the queue and S."""
         if not self._probe:
             return
-        x_t, t, noise, before = self._probe
+        *probe, before = self._probe
         self._probe = ()
-        delta = torch.nan_to_num(before - self._weighted_mse(model, x_t, t, noise), 0.0, 0.0, 0.0)
-        probed = delta[: len(self.grid)]
-        self.update_policy(delta[len(self.grid) :].view(len(self.selected), -1))
-        self.queue = torch.cat([self.queue, average_over_processes(probed)[None]])[-self.queue_length :]
+        delta = torch.nan_to_num(before - self._weighted_mse(model, *probe), 0.0, 0.0, 0.0)
+        of_one, of_all = delta.tensor_split([len(self.grid)])
+        self.update_policy(of_all.view(len(self.selected), -1))
+        self.queue = torch.cat([self.queue, average_over_processes(of_one)[None]])[-self.queue_length :]
         if len(self.queue) >= 3:  # two points always lie on a line
             self.selected = self.grid[self.most_predictive(self.queue, self.widths, len(self.selected))]
 
@@ -710,9 +709,7 @@ def read_folder(folder, size):
         except Exception as error:  # Pillow raises many kinds
             failed.append(f"{path} ({one_line(error)})")
 
-    paths = find_images(folder)
-    with ThreadPoolExecutor() as pool:
-        images = list(tqdm(pool.map(read, paths), "reading", len(paths), leave=False, disable=None))
+    images = thread_map(read, find_images(folder), desc="reading", leave=False, disable=None)
     if failed:
         more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
         raise UserError(f"fix or remove what cannot be read as an image: {', '.join(failed[:5])}{more}")
@@ -802,13 +799,9 @@ def digit_features():
     images, labels = render_digits(10_240, 16, seed=1)
     x = to_float(images)
     torch.manual_seed(0)
-    strokes = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()
-    )
-    head = nn.Sequential(
-        nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
-    classifier = nn.Sequential(strokes, head)
+    strokes = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
+    head = [nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(1024, 64), nn.ReLU(), nn.Linear(64, 10)]
+    classifier = nn.Sequential(*strokes, *head)
     optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
     for _ in range(5):
         for batch in torch.randperm(len(x)).split(128):
@@ -818,7 +811,7 @@ def digit_features():
 
     def features(images):
         grey = F.interpolate(images.cpu().mean(1, keepdim=True), (16, 16), mode="area")
-        return strokes(grey / 127.5 - 1).amax((2, 3))
+        return classifier[: len(strokes)](grey / 127.5 - 1).amax((2, 3))
 
     return features
 
@@ -889,6 +882,7 @@ class FrechetDistance:
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
 PATIENCE = 10  # a run ends if at a row the last ten losses or gradients were not finite
+PROGRESS = ("step", "seconds", "rows", "probs", "losses")  # what a checkpoint holds of Training's own
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 
 
@@ -951,28 +945,27 @@ class Training:
         self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=device.type != "mps")
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        self.parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.parts = ["model", "ema", "optimizer", "scaler"]  # what has a state_dict
         if args.strategy == "adaptive":
-            self.parts["sampler"] = self.sampler
+            self.parts.append("sampler")
         self.step = 0
         self.seconds = 0.0  # of training alone
         self.rows = []  # of metrics.csv
         self.probs = {}  # P(t) at each evaluation, by step, for the report
-        self.losses = []  # since the last row, on the device
+        self.losses = []  # since the last row, not yet read from the device
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.order = None  # of this epoch's images
+        self.order = None  # of this epoch's images, cut into batches
 
     def state_dict(self):
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {name: getattr(self, name) for name in ("step", "seconds", "rows", "probs", "losses")}
+        state = {name: getattr(self, name).state_dict() for name in self.parts}
+        state |= {name: getattr(self, name) for name in PROGRESS}
         return state | {"args": settings_of(self.args), "channels": self.images.shape[1]}
 
     def load_state_dict(self, state):
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        for name in ("step", "seconds", "rows", "probs"):
+        for name in self.parts:
+            getattr(self, name).load_state_dict(state[name])
+        for name in PROGRESS:
             setattr(self, name, state[name])
-        self.losses = [loss.to(self.device) for loss in state["losses"]]
 
     def batch(self):
         """The next images, float [B, C, H, W]: each epoch in its own order, less an incomplete last batch."""
@@ -980,10 +973,8 @@ class Training:
         epoch, batch = divmod(self.step, len(self.images) // args.batch_size)
         if batch == 0 or self.order is None:
             shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-            self.order = torch.randperm(len(self.images), generator=shuffle).to(self.device)
-        share = args.batch_size // WORLD_SIZE
-        first = batch * args.batch_size + RANK * share
-        x0 = to_float(self.images[self.order[first : first + share]])
+            self.order = torch.randperm(len(self.images), generator=shuffle).to(self.device).split(args.batch_size)
+        x0 = to_float(self.images[self.order[batch].chunk(WORLD_SIZE)[RANK]])
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=self.device) < 0.5, x0.flip(-1), x0)
         return x0
@@ -1009,8 +1000,8 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         # What is not finite becomes zero; fp16's scaler has noted it before, and skips that update.
         for p in self.model.parameters():
-            torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)
-        loss = average_over_processes(loss.detach().clone())
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+        loss = average_over_processes(loss.detach())
         self.losses.append(loss)
         self.bad_in_a_row = torch.where(loss.isfinite() & norm.isfinite(), 0, self.bad_in_a_row + 1)
 
@@ -1031,10 +1022,9 @@ class Training:
     def measure(self, folder, held_out, distance):
         """Add a row to metrics.csv, with the EMA model's figures where held_out or distance are given."""
         args = self.args
-        losses = torch.stack(self.losses)
+        losses = torch.tensor(self.losses)  # waits for the device
         group = self.optimizer.param_groups[0]
-        row = dict.fromkeys(METRICS)
-        row |= {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
+        row = {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
         row |= {"loss": losses[losses.isfinite()].mean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
         text = f"step {self.step}: loss {row['loss']:.4f}"
         sampling = (self.ema, self.diffusion, args, self.images.shape[1])
@@ -1061,7 +1051,7 @@ def save_checkpoint(run, path):
     temporary = path.with_name("new-" + path.name)
     try:
         torch.save(run.state_dict(), temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written, an older one there is whole ({one_line(error)})") from error
@@ -1092,11 +1082,6 @@ def catch_signals():
     return received
 
 
-def due(step, every, steps):
-    """True at every multiple of `every` and at the last step."""
-    return step > 0 and (step % every == 0 or step == steps)
-
-
 def loop(run, folder, held_out, distance):
     """Train to the end, or until a signal: returns its number, or 0. Rank 0 alone measures, writes and prints.
 
@@ -1104,18 +1089,22 @@ def loop(run, folder, held_out, distance):
     again. So nothing is lost wherever a run ends.
     """
     args = run.args
+
+    def due(every):  # at its multiples and at the last step
+        return run.step > 0 and (run.step % every == 0 or run.step == args.steps)
+
     received = catch_signals()
     bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
     clock = time.perf_counter()
     while True:
         step = run.step
-        evaluates = due(step, args.eval_every, args.steps)
-        compares = args.fid_samples and due(step, args.fid_every, args.steps)
-        logs = evaluates or compares or due(step, LOG_EVERY, args.steps)
+        evaluates = due(args.eval_every)
+        compares = args.fid_samples and due(args.fid_every)
+        logs = evaluates or compares or due(LOG_EVERY)
         stop = received[0] if received else 0
         if WORLD_SIZE > 1:  # asking takes time: all stop together where a row is due
             stop = agreed(stop) if logs else 0
-        saves = evaluates or compares or stop or due(step, args.checkpoint_every, args.steps)
+        saves = evaluates or compares or stop or due(args.checkpoint_every)
         if logs or saves:
             if run.bad_in_a_row >= PATIENCE:  # waits for the device
                 problem = f"step {step}: {PATIENCE} losses or gradients in a row were not finite"
@@ -1147,14 +1136,15 @@ def agreed(stop):
 
 def new_folder(path):
     """Make path or, where it exists, path-2, path-3 and so on. UserError: it cannot be made."""
+    path = Path(path)  # without a slash at its end
     folder = path
     number = 1
     while os.path.exists(folder):
         number += 1
-        folder = f"{path}-{number}"
+        folder = Path(f"{path}-{number}")
     with explained(f"--out {folder}"):
         os.makedirs(folder)
-    return Path(folder)
+    return folder
 
 
 def pick_device(name):
@@ -1267,7 +1257,7 @@ def mean_curve(runs, name):
     """[(step, mean over the runs), ...] at the steps where all of them measured it."""
     measured = [{row["step"]: row[name] for row in rows if not math.isnan(row[name])} for _, _, rows in runs]
     steps = sorted(set.intersection(*map(set, measured)))
-    return [(step, statistics.fmean(values[step] for values in measured)) for step in steps]
+    return [(step, np.mean([values[step] for values in measured])) for step in steps]
 
 
 def reach(points, target):
@@ -1281,9 +1271,9 @@ def reach(points, target):
 
 def cell(values):
     """mean (min..max), or - where a value is missing."""
-    if None in values or not values:
+    if None in values:
         return "-"
-    text = f"{statistics.fmean(values):.4g}"
+    text = f"{np.mean(values):.4g}"
     return text if min(values) == max(values) else f"{text} ({min(values):.4g}..{max(values):.4g})"
 
 
@@ -1335,8 +1325,8 @@ def draw(groups, label, out):
     axes = figure.subplots(1, 3)
     for number, (setting, runs) in enumerate(groups.items()):
         style = {"color": f"C{number}", "ls": ("-", "--", ":")[number // 10 % 3], "label": setting}  # ten colours
-        axes[0].plot(*zip(*mean_curve(runs, "fid")), marker=".", **style)
-        axes[1].plot(*zip(*mean_curve(runs, "val_vlb")), marker=".", **style)
+        for axis, name in zip(axes, ("fid", "val_vlb")):
+            axis.plot(*zip(*mean_curve(runs, name)), marker=".", **style)
         for probs in list(load_checkpoint(Path(runs[0][0], "checkpoint.pt"))["probs"].values())[-1:]:
             axes[2].plot(probs * len(probs), **style)
     axes[0].set(xlabel="step", ylabel=label, yscale="log")
@@ -1453,7 +1443,7 @@ def parse_args(argv=None):
         raise UserError("--generate N and --checkpoint FILE go together")
     parser.set_defaults(**PRESETS[first.dataset])
     if first.resume or first.generate:
-        checkpoint = load_checkpoint(first.checkpoint or os.path.join(first.resume or "", "checkpoint.pt"))
+        checkpoint = load_checkpoint(first.checkpoint or f"{first.resume}/checkpoint.pt")
         parser.set_defaults(**checkpoint["args"])
     parser.add_argument("-h", "--help", action="help", help="show the defaults of a --dataset and exit")
     args = parser.parse_args(argv)
@@ -1510,7 +1500,7 @@ def main(argv=None):
     except (FloatingPointError, OSError) as error:
         problem = one_line(error)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
         problem = "out of memory: lower --batch-size, --width or --image-size"
     print(f"speedup_diffusion.py: {problem}", file=sys.stderr)
