@@ -920,6 +920,7 @@ def test_the_default_run_draws_digits(here, options):
 # Speed: nothing is asserted of seconds, which vary from machine to machine
 
 BENCHED = ["uniform", "uniform --momentum-decay", "logit-normal", "speed", "curriculum", "adaptive"]
+BENCHED += ["adaptive --adaptive-reward loss --weighting change-aware"]
 
 
 @pytest.mark.bench
