@@ -881,7 +881,7 @@ class FrechetDistance:
 # and the step, so a resumed run draws what the unbroken one would have drawn.
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
-PATIENCE = 10  # a run ends if at a row the last ten losses or gradients were not finite
+PATIENCE = 10  # a run ends if the last ten losses or gradients before a row were not finite
 PROGRESS = ("step", "seconds", "rows", "probs", "losses")  # what a checkpoint holds of Training's own
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 
@@ -918,7 +918,7 @@ def build_sampler(args, ab, channels):
 
 
 class Training:
-    """A run: all that its checkpoint holds, and one step. Weights and policy are the same in every process.
+    """The state of a run, and one step. Weights and policy are the same in every process.
 
     Every strategy sees the same images, flips and noise under one seed: they are drawn first. Of several
     processes each takes its share of the batch, with noise, timesteps and dropout of its own.
@@ -998,7 +998,7 @@ class Training:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        # What is not finite becomes zero; fp16's scaler has noted it before, and skips that update.
+        # What is not finite becomes zero; fp16's scaler has already seen it, and skips that update.
         for p in self.model.parameters():
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
         loss = average_over_processes(loss.detach())
@@ -1086,7 +1086,7 @@ def loop(run, folder, held_out, distance):
     """Train to the end, or until a signal: returns its number, or 0. Rank 0 alone measures, writes and prints.
 
     The checkpoint is written before its step is measured, as that may take long: a resumed run measures it
-    again. So nothing is lost wherever a run ends.
+    again. So a run that is killed repeats at most the steps since its last checkpoint, and loses no row.
     """
     args = run.args
 
@@ -1111,7 +1111,7 @@ def loop(run, folder, held_out, distance):
                 raise FloatingPointError(f"{problem}; take a lower --lr, or not --amp fp16")
             run.seconds += time.perf_counter() - clock
             if evaluates:
-                run.probs.setdefault(step, run.sampler.probs.cpu())  # a resumed run keeps what it has
+                run.probs.setdefault(step, run.sampler.probs.cpu())  # keeps the one that a checkpoint brought
             if saves and RANK == 0:
                 save_checkpoint(run, folder / "checkpoint.pt")
             if stop:
