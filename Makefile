@@ -42,7 +42,8 @@ compare: $(VENV)/matplotlib
 	            $(RUN) speedup_diffusion.py --resume $(RESULTS)/$$name-$$seed; \
 	        else \
 	            rm -rf $(RESULTS)/$$name-$$seed; \
-	            $(RUN) speedup_diffusion.py --out $(RESULTS)/$$name-$$seed --seed $$seed $$@ --fid-every 200 $(FLAGS); \
+	            $(RUN) speedup_diffusion.py --out $(RESULTS)/$$name-$$seed --seed $$seed $$@ \
+	                --eval-every 200 --fid-every 200 $(FLAGS); \
 	        fi; \
 	    }; \
 	    run uniform --strategy uniform; \
