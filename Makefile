@@ -53,6 +53,7 @@ compare: $(VENV)/matplotlib
 	    run speed-code-lam --strategy speed --speed-variant code --speed-lam 0.8; \
 	    run speed-sampling --strategy speed --weighting none; \
 	    run speed-weights --weighting change-aware; \
+	    run speed-weights-lam --weighting change-aware --speed-lam 0.8; \
 	    run curriculum --strategy curriculum; \
 	    run momentum-decay --momentum-decay; \
 	    run curriculum-momentum-decay --strategy curriculum --momentum-decay; \

@@ -312,7 +312,7 @@ class AdaptiveSampler:
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
     (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, gradient norm 1. Their reward
-    is the sum of Delta over S plus entropy H, where H drowns Delta; probe = T, every = 40, lr = entropy = 1e-2.
+    is the sum of Delta over S plus entropy H; probe = T, every = 40, lr = entropy = 1e-2.
     Ours: A as the reward; before and after share x_t and noise, so that Delta shows the update and not the draw,
     and are measured without dropout; probes lie denser at small t, each weighted by the width of its bin;
     S is spread, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so that no t dies
