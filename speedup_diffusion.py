@@ -315,8 +315,8 @@ class AdaptiveSampler:
     is the sum of Delta over S plus entropy H; probe = T, every = 40, lr = entropy = 1e-2.
     Ours: A as the reward; before and after share x_t and noise, so that Delta shows the update and not the draw,
     and are measured without dropout; probes lie denser at small t, each weighted by the width of its bin;
-    S is spread, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so that no t dies
-    out; bins in place of t = round(u (T - 1)).
+    S has one t of each third, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so
+    that no t dies out; bins in place of t = round(u (T - 1)).
     reward_weights: [T]. None: the bound's coefficients, as in the paper, less those of timesteps whose beta is
     capped at 0.999 (on the cosine schedule one such t is nearly all of the bound). Given the loss weights, the
     reward is a lower training loss, our own variant. As A standardises each t of S, the weights only decide
