@@ -6,10 +6,9 @@
     python speedup_diffusion.py --strategy speed --dataset cifar10      # all flags: --help
     python speedup_diffusion.py --resume runs/cifar10-speed             # goes on from the last checkpoint
     python speedup_diffusion.py --generate 64 --checkpoint runs/cifar10-speed/checkpoint.pt
-    python speedup_diffusion.py --report runs/digits-uniform runs/digits-speed
     torchrun --nproc_per_node=8 speedup_diffusion.py --dataset cifar10  # eight GPUs
 
-1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Report   8 Command line
+1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Command line
 """
 
 import argparse
@@ -20,7 +19,6 @@ import json
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -36,7 +34,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-# Whoever starts several processes, torchrun or another launcher, numbers them: over all machines and on each.
+# Whoever starts several processes, torchrun or another launcher, numbers them over all machines and on each.
 RANK = int(os.environ.get("RANK", "0"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,11 +45,10 @@ class UserError(Exception):
 
 
 # 1 Diffusion ------------------------------------------------------------------------------------------------
-# Diffusion mixes noise into an image x0: little at t = 0, until at t = T - 1 nearly nothing else is left. A
-# network sees the noisy x_t and t and predicts epsilon (eps), the noise in it; its loss is the mean square
-# error (MSE) of that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational
-# bound on the likelihood (VLB): these MSEs summed over t, each times vlb_coefficients[t].
-# ab is short for alphas_cumprod, [T]. SNR, the signal-to-noise ratio, is ab / (1 - ab).
+# Diffusion mixes noise into an image x0: little at t = 0, until at t = T - 1 nearly nothing else is left. A network
+# sees the noisy x_t and t and predicts epsilon (eps), the noise in it; its loss is the mean square error (MSE) of
+# that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational bound on the
+# likelihood (VLB): these MSEs summed over t, each times vlb_coefficients[t]. ab is short for alphas_cumprod.
 # Images are float [B, C, H, W] in [-1, 1]; t is int64 [B].
 
 
@@ -60,18 +57,14 @@ class GaussianDiffusion:
 
     schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear
     in sqrt(beta)), both multiplied by 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
-    arXiv:2102.09672). No beta exceeds 0.999. ValueError: an unknown schedule, or timesteps < 1.
-
+    arXiv:2102.09672). No beta exceeds 0.999. ValueError: an unknown schedule.
     betas, alphas_cumprod: float32 [T], on device.
-    vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the
-    fixed variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the bound's KL term
-    at t that depends on the model, in bits per dimension. The DDPM paper has a discrete likelihood in place
-    of a KL term at t = 0; here t = 0 has the same formula as the others.
+    vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the fixed
+    variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the bound's KL term at t that
+    depends on the model, in bits per dimension; also at t = 0, where DDPM has a discrete likelihood.
     """
 
     def __init__(self, schedule="linear", timesteps=1000, device="cpu"):
-        if timesteps < 1:
-            raise ValueError(f"timesteps must be at least 1, got {timesteps}")
         low = 1e-4 * 1000 / timesteps
         high = 0.02 * 1000 / timesteps
         if schedule == "linear":
@@ -132,9 +125,8 @@ class GaussianDiffusion:
     def sample(self, model, shape, method="ddim", steps=50, eta=0.0, generator=None):
         """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
 
-        method "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1,
-        whatever steps and eta say. generator: a CPU's torch.Generator, for the same images again.
-        ValueError: an unknown method, or steps outside 1..T.
+        "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1, whatever steps
+        and eta say. generator: on the CPU, for the same images again. ValueError: method, or steps outside 1..T.
         """
         if method not in ("ddim", "ddpm"):
             raise ValueError(f"method must be ddim or ddpm, got {method!r}")
@@ -155,10 +147,10 @@ class GaussianDiffusion:
 
 
 # 2 Accelerations --------------------------------------------------------------------------------------------
-# A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with
-# any weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64
-# timesteps [B] on x0's device, drawn from torch's global generator. To copy a piece you need math, torch, nn, F
-# and the pieces that the first line of its docstring names. What each gained in our own runs: README.
+# A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with any
+# weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64 timesteps [B]
+# on x0's device, drawn from torch's global generator. All but the adaptive one cost nothing. To copy a piece you need
+# math, torch, nn, F and the pieces that the first line of its docstring names.
 
 
 class UniformSampler:
@@ -173,10 +165,7 @@ class UniformSampler:
 
 
 class LogitNormalSampler:
-    """The middle more often than the ends: t = floor(T sigmoid(z)), z ~ N(0, 1). A baseline.
-
-    Esser et al., arXiv:2403.03206 (Stable Diffusion 3).
-    """
+    """The middle more often than the ends: t = floor(T sigmoid(z)), z ~ N(0, 1). A baseline, arXiv:2403.03206."""
 
     def __init__(self, timesteps):
         edges = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -194,12 +183,11 @@ class SpeeDSampler:
         P(t) = k / (T + tau (k - 1))  for t < tau,    1 / (T + tau (k - 1))  for t >= tau
 
     Source: Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model Training",
-    arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are those of the
-    authors' code. tau=None is our rule for any schedule: the number of t with ab >= 0.0069, 700 on that one.
-    SpeeD is this sampler together with `change_aware_weights`.
+    arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are those of the authors'
+    code. tau=None is our rule for any schedule: the number of t with ab >= 0.0069, 700 on that one.
     mirror: the authors' training runs also reflect half of each batch about m = mirror: t < m becomes m - t, the
     others t - m. To draw from P'(t) = (P(t) + the sum of P(s) over all s reflected onto t) / 2 is the same.
-    Cost: none. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T, mirror outside 1..T-1.
+    SpeeD is this sampler with `change_aware_weights`. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T.
     """
 
     def __init__(self, alphas_cumprod, k=5.0, tau=None, mirror=None):
@@ -212,17 +200,12 @@ class SpeeDSampler:
         self.tau = tau
         self.probs = torch.where(t < tau, k, 1.0) / (T + tau * (k - 1))
         if mirror is not None:
-            if not 1 <= mirror < T:
-                raise ValueError(f"SpeeD: mirror must lie in 1..{T - 1}, got {mirror}")
             reflected = torch.zeros_like(self.probs).index_add(0, (t - mirror).abs(), self.probs)
             self.probs = (self.probs + reflected) / 2
 
     @staticmethod
     def mirror_step(alphas_cumprod):
-        """The authors' m: the first t where sqrt(1 - ab) grows by less than 0.1 / T, plus 1.
-
-        On T = 1000 it is 642 (linear), 829 (quad), 959 (cosine). T must be at least 3.
-        """
+        """The authors' m, 642 on linear T = 1000: the first t where sqrt(1 - ab) grows by less than 0.1 / T, plus 1."""
         T = len(alphas_cumprod)
         growth = torch.gradient((1 - alphas_cumprod.cpu().double()).sqrt())[0]
         return min(int((growth >= 0.1 / T).long().argmin()) + 1, T - 1)
@@ -239,10 +222,9 @@ class CurriculumSampler:
 
     with the Gaussian normalised over 0..T-1 and n the training step.
     Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency Phenomenon",
-    arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the formula and
-    mu = 0.3 (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the paper's value is not
-    known to us). Ours: gamma reaches 1 at the end of the run.
-    Cost: none. `probs` is that of the last step sampled. ValueError: sigma <= 0, total_steps < 1.
+    arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the formula, mu = 0.3
+    (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the paper's value is not known to us).
+    Ours: gamma reaches 1 at the end of the run. ValueError: sigma <= 0, total_steps < 1.
     """
 
     def __init__(self, timesteps, total_steps, mu=0.3, sigma=0.5):
@@ -271,8 +253,7 @@ def average_over_processes(tensor):
 def policy_network(in_channels):
     """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5, so Beta(0.97, 0.97).
 
-    Three convolutions and three linear layers as in the authors' code. Images are resized to 8x8 first, which
-    is cheap and lets them have any size.
+    Its layers are those of the authors' code. Images are resized to 8x8 first: cheap, and they may have any size.
     """
     layers = [nn.Upsample((8, 8), mode="bilinear")]
     for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
@@ -295,8 +276,8 @@ def geometric_bins(timesteps, count):
 class AdaptiveSampler:
     """Adaptive sampling. Needs `average_over_processes`, `policy_network` and `geometric_bins`.
 
-    A policy learns which t lower the bound. A network pi(x0) gives (a, b) of a Beta distribution for each image,
-    taken at the T bin centres u_t = (t + 0.5) / T:
+    A policy learns which t lower the bound. For each image x0 it gives (a, b) of a Beta distribution, taken at
+    u_t = margin + (1 - 2 margin) (t + 0.5) / T, which are the T bin centres for margin = 0:
 
         P(t | x0) = (1 - floor) softmax over t of [(a - 1) log u_t + (b - 1) log(1 - u_t)] + floor / T
 
@@ -311,33 +292,29 @@ class AdaptiveSampler:
     Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
-    (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, gradient norm 1. Their reward
-    is the sum of Delta over S plus entropy H; probe = T, every = 40, lr = entropy = 1e-2.
-    Ours: A as the reward; before and after share x_t and noise, so that Delta shows the update and not the draw,
-    and are measured without dropout; probes lie denser at small t, each weighted by the width of its bin;
-    S has one t of each third, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so
-    that no t dies out; bins in place of t = round(u (T - 1)).
-    reward_weights: [T]. None: the bound's coefficients, as in the paper, less those of timesteps whose beta is
-    capped at 0.999 (on the cosine schedule one such t is nearly all of the bound). Given the loss weights, the
-    reward is a lower training loss, our own variant. As A standardises each t of S, the weights only decide
-    which t become S.
-    Cost: 2 (probe + selected B) image-forwards every `every` steps, beside 3 B a step for training, and the
-    policy at every step.
-
-    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper.
-    Several processes must build the policy under one seed; each has its own images, all keep the same policy,
-    queue, S and `probs`. ValueError: fewer timesteps than `selected`, or a number that makes no sense.
+    (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, gradient norm 1. Their reward is
+    the sum of Delta over S plus entropy H; probe = T, every = 40, lr = entropy = 1e-2.
+    Ours: A as the reward; before and after share x_t and noise, so that Delta shows the update and not the draw, and
+    are measured without dropout; probes lie denser at small t, each weighted by the width of its bin; S has one t of
+    each third, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so that no t dies out.
+    reward_weights: [T]. None: the bound's coefficients, as in the paper, but 0 where beta is capped at 0.999 (on the
+    cosine schedule one such t is nearly all of the bound). Given the loss weights, the reward is a lower training
+    loss, our own variant, for which we take margin = 0.1: P stays finite at the ends, where a Beta may grow without
+    bound. The weights only decide which t become S, as A standardises each.
+    Cost: 2 (probe + selected B) image-forwards every `every` steps beside 3 B a step, and the policy at every step.
+    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper. Several
+    processes build the policy under one seed and keep it, the queue, S and `probs` the same. ValueError: bad numbers.
     """
 
     def __init__(
         self, alphas_cumprod, in_channels, reward_weights=None, every=10, selected=3,
-        queue=20, probe=100, lr=1e-3, entropy=0.05, floor=0.01,
+        queue=20, probe=100, lr=1e-3, entropy=0.05, floor=0.01, margin=0.0,
     ):  # fmt: skip
         T = len(alphas_cumprod)
         device = alphas_cumprod.device
         grid, widths = geometric_bins(T, probe)
-        if not 1 <= selected <= len(grid) or every < 1 or queue < 3 or not 0 < floor < 1:
-            raise ValueError(f"adaptive: selected must lie in 1..{len(grid)}; every >= 1, queue >= 3, 0 < floor < 1")
+        if not 1 <= selected <= len(grid) or every < 1 or queue < 3 or not 0 < floor < 1 or not 0 <= margin < 0.5:
+            raise ValueError(f"adaptive: selected in 1..{len(grid)}, every > 0, queue > 2, floor in 0..1, margin < 0.5")
         if reward_weights is None:
             ab = alphas_cumprod.cpu().double()
             alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
@@ -351,7 +328,7 @@ class AdaptiveSampler:
         self.floor = floor
         self.grid = grid.to(device)
         self.widths = widths.to(device)
-        u = (torch.arange(T, dtype=torch.float64) + 0.5) / T
+        u = margin + (1 - 2 * margin) * (torch.arange(T, dtype=torch.float64) + 0.5) / T
         self.log_u = torch.stack([u.log(), (-u).log1p()]).float().to(device)
         # The state of a run:
         self.policy = policy_network(in_channels).to(device)
@@ -456,10 +433,9 @@ def change_aware_weights(alphas_cumprod, lam=0.6, tau=None):
 
         g = gradient of (1 - ab) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam    [T]
 
-    Source: Wang et al., arXiv:2405.17403. lam = 0.6 is the default of the authors' code. tau=None: the formula
-    on all t, as third parties read it. With tau (`SpeeDSampler(...).tau`) the weight is 1 for t >= tau, more than
-    the others have, as in the authors' code. Cost: none.
-    alphas_cumprod: [T], not a straight line. ValueError: lam outside [0.5, 1], or T < 3.
+    Source: Wang et al., arXiv:2405.17403. lam = 0.6 is the default of the authors' code. tau=None: the formula on
+    all t, as third parties read it. With tau (`SpeeDSampler(...).tau`) the weight is 1 for t >= tau, more than the
+    others have, as in the authors' code. alphas_cumprod: [T]. ValueError: lam outside [0.5, 1], or T < 3.
     """
     if not 0.5 <= lam <= 1 or len(alphas_cumprod) < 3:
         raise ValueError(f"change-aware: lam {lam} must lie in [0.5, 1], T {len(alphas_cumprod)} be at least 3")
@@ -472,18 +448,15 @@ def change_aware_weights(alphas_cumprod, lam=0.6, tau=None):
 
 
 def min_snr_weights(alphas_cumprod, gamma=5.0):
-    """Min-SNR-gamma for epsilon prediction, [T]: min(SNR, gamma) / SNR, SNR = ab / (1 - ab). A baseline.
-
-    Hang et al., arXiv:2303.09556, gamma = 5 theirs.
-    """
+    """Min-SNR-gamma for epsilon prediction, [T]: min(SNR, gamma) / SNR, SNR = ab / (1 - ab). arXiv:2303.09556."""
     return (gamma * (1 - alphas_cumprod) / alphas_cumprod).clamp(max=1)  # the same, also for SNR = 0
 
 
 def normalize_weights(weights, probs):
     """weights [T] scaled so that sum(probs * result) = 1, probs [T] being the sampler's. Our choice.
 
-    The expected weight is then 1, and a learning rate means the same for every sampler and weight. The probs
-    of CurriculumSampler and AdaptiveSampler move: call it at every step.
+    The expected weight is then 1, and a learning rate means the same for every sampler and weight. Where probs move,
+    as those of CurriculumSampler and AdaptiveSampler, call it at every step.
     """
     return weights / (probs.to(weights.device) * weights).sum()
 
@@ -493,12 +466,11 @@ def momentum_decay(progress, beta1=0.9):
 
         beta1(s) = b (1 - s) / ((1 - b) + b (1 - s)),    lr_scale(s) = (1 - b) / (1 - beta1(s)) = 1 - b s
 
-    Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1)
-    stays constant, so that updates are not amplified. Write both into param_groups at every step, of an
-    optimiser of the Adam family: there a new gradient enters with 1 - beta1.
-    Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found.
-    Second-hand: the compensation and b = 0.9. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952).
-    Cost: none. progress: in [0, 1]. ValueError: beta1 outside [0, 1).
+    Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1) stays
+    constant, so that updates are not amplified. Write both into Adam's param_groups at every step.
+    Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand:
+    the compensation and b = 0.9. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952).
+    progress: in [0, 1]. ValueError: beta1 outside [0, 1).
     """
     if not 0 <= beta1 < 1:
         raise ValueError(f"beta1 must lie in [0, 1), got {beta1}")
@@ -507,8 +479,8 @@ def momentum_decay(progress, beta1=0.9):
 
 
 # 3 U-Net ----------------------------------------------------------------------------------------------------
-# DDPM's network, small: residual blocks that know t, self-attention at low resolutions, and skip connections
-# from each block on the way down to one on the way up. To copy it you need math, torch, nn and F.
+# DDPM's network, small: residual blocks that know t, self-attention at low resolutions, and skip connections from
+# each block on the way down to one on the way up. To copy it you need math, torch, nn and F.
 
 
 def group_norm(channels):
@@ -566,8 +538,7 @@ class UNet(nn.Module):
     up, at half the resolution of level i - 1. attention: sides of the (square) feature maps that get
     self-attention, None for the lowest level's; the middle has it too, unless empty. patch: images are folded
     to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
-    ValueError: an odd width, an image_size that patch and the levels do not divide, or an attention side that no
-    feature map has.
+    ValueError: an odd width, an image_size that the levels do not divide, or a side that no feature map has.
     """
 
     def __init__(self, in_channels, width, mults, num_blocks, attention, dropout, image_size=32, patch=1):
@@ -629,8 +600,7 @@ class UNet(nn.Module):
 
 
 # 4 Data -----------------------------------------------------------------------------------------------------
-# Every data set ends as two uint8 tensors [N, C, size, size]: one to train on, one held out. From here on args
-# are the settings of the command line, section 8.
+# Every data set ends as two uint8 tensors [N, C, size, size]: one to train on, one held out.
 
 
 def one_line(error):
@@ -686,41 +656,36 @@ def find_images(folder):
 
 
 def read_image(path, size):
-    """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped."""
-    with Image.open(path, formats=FORMATS) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would clip these
-            raise ValueError("more than 8 bits a channel, convert it to 8 bits")
-        with contextlib.suppress(Exception):  # a broken EXIF block: the image stays as it lies
-            image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped. What is wrong with it: text."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these
+                raise ValueError("more than 8 bits a channel, convert it to 8 bits")
+            with contextlib.suppress(Exception):  # a broken EXIF block: the image stays as it lies
+                image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    except Exception as error:  # Pillow raises many kinds
+        return f"{path} ({one_line(error)})"
 
 
 def read_folder(folder, size):
-    """uint8 [N, 3, size, size] of the image files in and below folder. UserError names all that fail."""
-    failed = []
-
-    def read(path):
-        try:
-            return read_image(path, size)
-        except Exception as error:  # Pillow raises many kinds
-            failed.append(f"{path} ({one_line(error)})")
-
-    images = thread_map(read, find_images(folder), desc="reading", leave=False, disable=None)
+    """uint8 [N, 3, size, size] of the image files in and below folder. UserError counts and names those that fail."""
+    paths = find_images(folder)
+    images = thread_map(read_image, paths, [size] * len(paths), desc="reading", leave=False, disable=None)
+    failed = [image for image in images if isinstance(image, str)]
     if failed:
-        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
-        raise UserError(f"fix or remove what cannot be read as an image: {', '.join(failed[:5])}{more}")
+        raise UserError(f"{len(failed)} files cannot be read as images, fix or remove them: {', '.join(failed[:5])}")
     return torch.stack(images)
 
 
 def load_dataset(name, data_dir, size):
     """(train, held_out), both uint8 [N, C, size, size], on the CPU.
 
-    Held out: the test split where there is one, else the last 5% (1 to 2,500) of a fixed shuffle, so that a
-    folder sorted by class is held out evenly. The digits are the same for every --seed.
+    Held out: the test split where there is one, else 5% (1 to 2,500), the same ones each time and of every class.
     """
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
@@ -751,10 +716,9 @@ def evaluate(model, diffusion, images, count=1024):
     """(val_mse, val_vlb) of model(x_t, t) -> eps on uint8 images [N, C, H, W], with fixed t and noise.
 
     val_mse: the epsilon-MSE, mean over t, from count / 2 evenly spaced t.
-    val_vlb: the sum over t of vlb_coefficients[t] times the MSE at t, in bits per dimension: the part of the
-    bound that depends on the model. By importance sampling: the other count / 2 timesteps lie as dense as these
-    coefficients are large, so the sum is their mean MSE times the sum of the coefficients. On the cosine
-    schedule nearly all of it is the last timestep, whose beta is capped.
+    val_vlb: the sum over t of vlb_coefficients[t] times the MSE at t, in bits per dimension. By importance sampling:
+    the other count / 2 timesteps lie as dense as these coefficients are large, so the sum is their mean MSE times the
+    sum of the coefficients. On the cosine schedule nearly all of it is the last timestep, whose beta is capped.
     """
     quantiles = (torch.arange(count // 2, dtype=torch.float64) + 0.5) / (count // 2)
     coefficients = diffusion.vlb_coefficients.cpu().double()
@@ -792,10 +756,7 @@ def save_grid(images, path):
 
 
 def digit_features():
-    """A function: float [N, 3, H, W] in 0..255 -> [N, 64], the strokes that a classifier of digits looks for.
-
-    The classifier is trained here, on rendered digits, in about ten seconds: a measure without a download.
-    """
+    """A function: float [N, 3, H, W] in 0..255 -> [N, 64], the strokes that a classifier, trained here, looks for."""
     images, labels = render_digits(10_240, 16, seed=1)
     x = to_float(images)
     torch.manual_seed(0)
@@ -831,22 +792,17 @@ def inception_features(device):
     return features
 
 
-def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of two Gaussians; float64 [D], [D, D]."""
-    roots = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
-    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots).item()
-
-
 class FrechetDistance:
-    """How far the features of images are from those of the training images, both taken as Gaussians.
+    """How far the features of images are from those of the training images, both taken as Gaussians a and b:
+
+        |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))
 
     features: "digits" for digit_features; a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D],
     which runs code: open your own files; None for clean-fid's InceptionV3, and only that is FID.
-    images: the training images, uint8 [N, C, H, W]. published_cifar10: with InceptionV3, clean-fid's own statistics of
-    CIFAR-10 take their place. UserError: what cannot be had, and what to do.
+    images: the training images, uint8 [N, C, H, W]. UserError: features that cannot be had, and what to do.
     """
 
-    def __init__(self, features, device, images, published_cifar10=False):
+    def __init__(self, features, device, images):
         self.name = f"FD ({Path(features).name})" if features else "FID"
         self.device = device
         with explained(f"--fid-features {features} cannot be used; digits needs no file and no download"):
@@ -856,13 +812,7 @@ class FrechetDistance:
                 self.features = torch.jit.load(features, device).eval()
             else:
                 self.features = inception_features(device)
-            if features is None and published_cifar10:
-                from cleanfid.features import get_reference_statistics
-
-                mean, cov = get_reference_statistics("cifar10", 32, split="train")
-                self.reference = (torch.as_tensor(mean), torch.as_tensor(cov))
-            else:
-                self.reference = self.statistics(images)
+            self.reference = self.statistics(images)
 
     @torch.no_grad()
     def statistics(self, images):
@@ -873,16 +823,18 @@ class FrechetDistance:
 
     def __call__(self, images):
         """The distance of uint8 images [N, C, H, W] to the training images."""
-        return frechet_distance(*self.statistics(images), *self.reference)
+        mean_a, cov_a = self.statistics(images)
+        mean_b, cov_b = self.reference
+        roots = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
+        return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots).item()
 
 
 # 6 Training -------------------------------------------------------------------------------------------------
-# The loop is flat: see what is due, save, measure, take a step. All randomness of a step follows from the seed
-# and the step, so a resumed run draws what the unbroken one would have drawn.
+# The loop is flat: see what is due, save, measure, take a step. All randomness of a step follows from the seed and
+# the step, so a resumed run draws what the unbroken one would have drawn. args are the settings of section 7.
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
-PATIENCE = 10  # a run ends if the last ten losses or gradients before a row were not finite
-PROGRESS = ("step", "seconds", "rows", "probs", "losses")  # what a checkpoint holds of Training's own
+PROGRESS = ("step", "seconds", "rows", "losses")  # what a checkpoint holds of Training's own
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
 
 
@@ -910,19 +862,18 @@ def build_sampler(args, ab, channels):
         return LogitNormalSampler(len(ab))
     if args.strategy == "curriculum":
         return CurriculumSampler(len(ab), args.steps, args.curriculum_mu, args.curriculum_sigma)
+    if args.strategy == "adaptive" and args.adaptive_reward == "loss":
+        return AdaptiveSampler(ab, channels, build_weights(args, ab), entropy=args.adaptive_entropy or 0.1, margin=0.1)
     if args.strategy == "adaptive":
-        reward = build_weights(args, ab) if args.adaptive_reward == "loss" else None
-        options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy}
-        return AdaptiveSampler(ab, channels, reward, **options)
+        return AdaptiveSampler(ab, channels, entropy=args.adaptive_entropy or 0.05)
     return UniformSampler(len(ab))
 
 
 class Training:
     """The state of a run, and one step. Weights and policy are the same in every process.
 
-    Every strategy sees the same images, flips and noise under one seed: they are drawn first. Of several
-    processes each takes its share of the batch, with noise, timesteps and dropout of its own.
-    images: uint8 [N, C, H, W]; they are moved to device as a whole.
+    Every strategy sees the same images, flips and noise under one seed: they are drawn first. Of several processes
+    each takes its share of the batch, with noise, timesteps and dropout of its own. images: uint8 [N, C, H, W].
     """
 
     def __init__(self, args, images, device):
@@ -931,14 +882,13 @@ class Training:
         self.images = images.to(device)
         enabled = args.amp in ("bf16", "fp16") or (args.amp == "auto" and device.type == "cuda")
         self.autocast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled)
-        channels = images.shape[1]
         torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
-        self.model = build_unet(args, channels).to(device).to(memory_format=torch.channels_last)
+        self.model = build_unet(args, images.shape[1]).to(device).to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
-        self.sampler = build_sampler(args, self.diffusion.alphas_cumprod, channels)
+        self.sampler = build_sampler(args, self.diffusion.alphas_cumprod, images.shape[1])
         self.raw_weights = build_weights(args, self.diffusion.alphas_cumprod)
-        if args.compile == "on" or (args.compile == "auto" and device.type == "cuda" and args.steps >= 5_000):
+        if args.compile:
             self.model.compile()
             self.ema.compile()
         # DDP averages the gradients of what passes through it; all else calls the bare model.
@@ -951,7 +901,6 @@ class Training:
         self.step = 0
         self.seconds = 0.0  # of training alone
         self.rows = []  # of metrics.csv
-        self.probs = {}  # P(t) at each evaluation, by step, for the report
         self.losses = []  # since the last row, not yet read from the device
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.order = None  # of this epoch's images, cut into batches
@@ -959,7 +908,7 @@ class Training:
     def state_dict(self):
         state = {name: getattr(self, name).state_dict() for name in self.parts}
         state |= {name: getattr(self, name) for name in PROGRESS}
-        return state | {"args": settings_of(self.args), "channels": self.images.shape[1]}
+        return state | {"args": vars(self.args), "channels": self.images.shape[1]}
 
     def load_state_dict(self, state):
         for name in self.parts:
@@ -1019,42 +968,37 @@ class Training:
         average(list(self.ema.parameters()), list(self.model.parameters()), None)
         self.step += 1
 
-    def measure(self, folder, held_out, distance):
-        """Add a row to metrics.csv, with the EMA model's figures where held_out or distance are given."""
+    def log(self, folder, held_out=None, distance=None):
+        """Add a row to metrics.csv. With held_out measure the EMA model, too, save samples and print a line."""
         args = self.args
         losses = torch.tensor(self.losses)  # waits for the device
         group = self.optimizer.param_groups[0]
         row = {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
         row |= {"loss": losses[losses.isfinite()].mean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
-        text = f"step {self.step}: loss {row['loss']:.4f}"
-        sampling = (self.ema, self.diffusion, args, self.images.shape[1])
-        with self.autocast:
-            if held_out is not None:
+        if held_out is not None:
+            with self.autocast:
                 row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out)
-                save_grid(draw_samples(*sampling, 64), folder / f"samples-{self.step}.png")
-                text += f", val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
-            samples = draw_samples(*sampling, args.fid_samples) if distance else None
-        if distance:
-            row["fid"] = distance(samples)
-            text += f", {distance.name} {row['fid']:.4g}"
+                count = args.fid_samples if distance else 64
+                samples = draw_samples(self.ema, self.diffusion, args, self.images.shape[1], count)
+            save_grid(samples, folder / f"samples-{self.step}.png")
+            text = f"loss {row['loss']:.4f}, val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
+            if distance:
+                row["fid"] = distance(samples)
+                text += f", {distance.name} {row['fid']:.4g}"
+            tqdm.write(f"step {self.step}: {text}, {row['images'] / self.seconds:.4g} images/s")
         self.rows.append(row)
         with open(folder / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, METRICS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
-        if held_out is not None or distance:
-            tqdm.write(f"{text}, {row['images'] / self.seconds:.4g} images/s")
 
 
 def save_checkpoint(run, path):
-    """Write and then rename, so that path holds the old checkpoint or the new one, never a half. OSError."""
+    """Write and then rename, so that path holds the old checkpoint or the new one, never a half. UserError."""
     temporary = path.with_name("new-" + path.name)
-    try:
+    with explained(f"{path} could not be written, an older one there is whole"):
         torch.save(run.state_dict(), temporary)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save has the latter for a full disk
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written, an older one there is whole ({one_line(error)})") from error
 
 
 def load_checkpoint(path):
@@ -1069,24 +1013,21 @@ def load_checkpoint(path):
 def catch_signals():
     """A list to which the first SIGINT, SIGTERM or SIGHUP is appended; a second one has its default effect."""
     received = []
-    numbers = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]  # Windows has no SIGHUP
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
 
     def receive(number, frame):
         received.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
-    for number in numbers:
-        signal.signal(number, receive)
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows lacks SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, receive)
     return received
 
 
 def loop(run, folder, held_out, distance):
     """Train to the end, or until a signal: returns its number, or 0. Rank 0 alone measures, writes and prints.
 
-    The checkpoint is written before its step is measured, as that may take long: a resumed run measures it
-    again. So a run that is killed repeats at most the steps since its last checkpoint, and loses no row.
+    The checkpoint is written before its step is measured, as that may take long: a resumed run measures it again.
     """
     args = run.args
 
@@ -1097,47 +1038,35 @@ def loop(run, folder, held_out, distance):
     bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
     clock = time.perf_counter()
     while True:
-        step = run.step
-        evaluates = due(args.eval_every)
         compares = args.fid_samples and due(args.fid_every)
-        logs = evaluates or compares or due(LOG_EVERY)
+        evaluates = compares or due(args.eval_every)
+        logs = evaluates or due(LOG_EVERY)
         stop = received[0] if received else 0
-        if WORLD_SIZE > 1:  # asking takes time: all stop together where a row is due
-            stop = agreed(stop) if logs else 0
-        saves = evaluates or compares or stop or due(args.checkpoint_every)
-        if logs or saves:
-            if run.bad_in_a_row >= PATIENCE:  # waits for the device
-                problem = f"step {step}: {PATIENCE} losses or gradients in a row were not finite"
-                raise FloatingPointError(f"{problem}; take a lower --lr, or not --amp fp16")
+        if WORLD_SIZE > 1:  # asking the others takes time: all stop together where a row is due
+            stop = torch.tensor(stop if logs else 0)
+            if logs:
+                distributed.all_reduce(stop, distributed.ReduceOp.MAX)
+        if logs or stop:
+            if run.bad_in_a_row >= 10:  # waits for the device
+                raise UserError(f"step {run.step}: ten losses or gradients in a row were not finite, lower --lr")
             run.seconds += time.perf_counter() - clock
-            if evaluates:
-                run.probs.setdefault(step, run.sampler.probs.cpu())  # keeps the one that a checkpoint brought
-            if saves and RANK == 0:
+            if RANK == 0 and (evaluates or stop):
                 save_checkpoint(run, folder / "checkpoint.pt")
             if stop:
                 return stop
-            if logs and RANK == 0:
-                run.measure(folder, held_out if evaluates else None, distance if compares else None)
-            if logs:
-                run.losses.clear()
+            if RANK == 0:
+                run.log(folder, held_out if evaluates else None, distance if compares else None)
+            run.losses.clear()
             clock = time.perf_counter()
-        if step == args.steps:
+        if run.step == args.steps:
             return 0
         run.train_step()
         bar.update()
 
 
-def agreed(stop):
-    """The largest stop of all processes."""
-    stop = torch.tensor(stop)
-    distributed.all_reduce(stop, distributed.ReduceOp.MAX)
-    return stop.item()
-
-
 def new_folder(path):
     """Make path or, where it exists, path-2, path-3 and so on. UserError: it cannot be made."""
-    path = Path(path)  # without a slash at its end
-    folder = path
+    folder = Path(path)
     number = 1
     while os.path.exists(folder):
         number += 1
@@ -1166,12 +1095,10 @@ def prepare(args, device):
     if WORLD_SIZE > 1 and LOCAL_RANK == 0:
         distributed.barrier()
     if args.batch_size > len(images) or args.batch_size % WORLD_SIZE:
-        problem = f"--batch-size {args.batch_size} must be at most the {len(images)} training images"
-        raise UserError(f"{problem} and divide by {WORLD_SIZE}, the processes")
+        raise UserError(f"--batch-size must be at most the {len(images)} images and divide by {WORLD_SIZE} processes")
     if RANK > 0 or not args.fid_samples:
         return images, held_out, None
-    published = args.dataset == "cifar10" and args.image_size == 32
-    distance = FrechetDistance(args.fid_features, device, images, published)
+    distance = FrechetDistance(args.fid_features, device, images)
     real = held_out[: args.fid_samples]
     if len(real) > 1:
         noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
@@ -1193,20 +1120,13 @@ def train(args, checkpoint):
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint does not fit these settings"):
             run.load_state_dict(checkpoint)
-        measured = ("fid_samples", "fid_features", "method", "sampling_steps")
-        if any(getattr(args, name) != checkpoint["args"][name] for name in measured):
-            for row in run.rows:  # never mix distances that were measured differently
-                row["fid"] = None
     folder = None
     if RANK == 0:
-        default = f"runs/{args.dataset}-{args.strategy}"
-        folder = Path(args.resume) if args.resume else new_folder(args.out or default)
-        config = settings_of(args) | {"device": str(device), "torch": torch.__version__}
-        config |= {"data": f"{len(images)} images {list(images.shape[1:])}", "features": distance and distance.name}
+        folder = Path(args.resume or new_folder(args.out or f"runs/{args.dataset}-{args.strategy}"))
+        config = vars(args) | {"device": str(device), "torch": torch.__version__}
+        config |= {"data": f"{len(images)} images {list(images.shape[1:])}", "distance": distance and distance.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        weights = sum(p.numel() for p in run.model.parameters())
-        print(f"{folder}: {config['data']} to train on, {len(held_out)} held out")
-        print(f"U-Net of {weights:,} weights on {WORLD_SIZE} x {device}, steps {run.step} to {args.steps}")
+        print(f"{folder}: {config['data']}, {len(held_out)} more held out, on {WORLD_SIZE} x {device}")
     stop = loop(run, folder, held_out.to(device), distance)
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
@@ -1233,112 +1153,10 @@ def generate(args, checkpoint):
         save_image(image / 255, folder / f"{i:06d}.png")
     save_grid(images, folder / "grid.png")
     print(f"{len(images)} images and grid.png in {folder}")
+    return 0
 
 
-# 7 Report ---------------------------------------------------------------------------------------------------
-
-# What may differ between runs of one setting, and what must not differ between runs that are compared.
-FREE = ("strategy", "seed", "data_dir", "device", "eval_every", "checkpoint_every", "fid_every", "torch")
-COMPARED = ("data", "features", "fid_samples", "method", "sampling_steps", "schedule", "timesteps")
-
-
-def read_run(folder):
-    """(its folder, its config, its rows): values are floats, nan where nothing was measured."""
-    with explained(f"--report {folder}: no run of this script with something measured"):
-        config = json.loads(Path(folder, "config.json").read_text())
-        with open(Path(folder, "metrics.csv")) as file:
-            rows = [{name: float(row[name] or "nan") for name in METRICS} for row in csv.DictReader(file)]
-        if not rows or not {"strategy", *COMPARED} <= set(config):
-            raise ValueError("rows or settings are missing")
-    return folder, config, rows
-
-
-def mean_curve(runs, name):
-    """[(step, mean over the runs), ...] at the steps where all of them measured it."""
-    measured = [{row["step"]: row[name] for row in rows if not math.isnan(row[name])} for _, _, rows in runs]
-    steps = sorted(set.intersection(*map(set, measured)))
-    return [(step, np.mean([values[step] for values in measured])) for step in steps]
-
-
-def reach(points, target):
-    """The step at which the line through points, a curve, first falls to target; None if it never does."""
-    for (step, value), (next_step, next_value) in zip(points, points[1:]):
-        if min(value, next_value) <= target:
-            share = max(0.0, value - target) / max(value - next_value, 1e-12)
-            return step + share * (next_step - step)
-    return None
-
-
-def cell(values):
-    """mean (min..max), or - where a value is missing."""
-    if None in values:
-        return "-"
-    text = f"{np.mean(values):.4g}"
-    return text if min(values) == max(values) else f"{text} ({min(values):.4g}..{max(values):.4g})"
-
-
-def report(folders, out):
-    """Print a Markdown table of the runs, a row a setting, the first the baseline; draw their curves.
-
-    speed-up: the step at which the baseline's mean curve first reaches its final value, divided by the step at
-    which a run does; "-" where some run of that setting never does, or was measured only once.
-    """
-    runs = [read_run(folder) for folder in folders]
-    base = runs[0][1]
-    groups = {}  # setting: its runs
-    for run in runs:
-        config = run[1]
-        for key in COMPARED:
-            if config[key] != base[key]:
-                raise UserError(f"--report: {key} is {base[key]} in {folders[0]} but {config[key]} in {run[0]}")
-        changed = [f"{key} {config[key]}" for key in config if key not in FREE and config[key] != base.get(key)]
-        groups.setdefault(", ".join([config["strategy"], *changed]), []).append(run)
-    baseline = next(iter(groups.values()))
-    label = base["features"] or "FID"
-    print(f"| strategy | runs | {label} | speed-up | val_vlb | speed-up | val_mse | speed-up | seconds a step |")
-    print("|---" * 9 + "|")
-    for setting, members in groups.items():
-        cells = [setting, str(len(members))]
-        for name in ("fid", "val_vlb", "val_mse"):
-            goal = mean_curve(baseline, name)
-            curves = [mean_curve([run], name) for run in members]
-            if goal and all(curves):
-                first = reach(goal, goal[-1][1])
-                reached = [reach(points, goal[-1][1]) for points in curves]
-                cells.append(cell([points[-1][1] for points in curves]))
-                cells.append(cell([first and step and first / step for step in reached]))
-            else:
-                cells += ["-", "-"]
-        cells.append(cell([rows[-1]["seconds"] / rows[-1]["step"] for _, _, rows in members]))
-        print(f"| {' | '.join(cells)} |")
-    draw(groups, label, out)
-
-
-def draw(groups, label, out):
-    """report.png: the distance and the bound over steps, and P(t) at the end, a colour a setting."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("\nno picture without matplotlib: pip install matplotlib")
-        return
-    figure = Figure((15, 5), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for number, (setting, runs) in enumerate(groups.items()):
-        style = {"color": f"C{number}", "ls": ("-", "--", ":")[number // 10 % 3], "label": setting}  # ten colours
-        for axis, name in zip(axes, ("fid", "val_vlb")):
-            axis.plot(*zip(*mean_curve(runs, name)), marker=".", **style)
-        for probs in list(load_checkpoint(Path(runs[0][0], "checkpoint.pt"))["probs"].values())[-1:]:
-            axes[2].plot(probs * len(probs), **style)
-    axes[0].set(xlabel="step", ylabel=label, yscale="log")
-    axes[1].set(xlabel="step", ylabel="val_vlb", yscale="log")
-    axes[2].set(xlabel="t", ylabel="T P(t) at the end", yscale="log", ylim=(0.01, None))
-    figure.legend(handles=axes[1].lines, loc="outside lower center", ncols=2)
-    folder = new_folder(out or "runs/report")
-    figure.savefig(folder / "report.png")
-    print(f"\nreport.png in {folder}")
-
-
-# 8 Command line ---------------------------------------------------------------------------------------------
+# 7 Command line ---------------------------------------------------------------------------------------------
 
 # What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes.
 # cifar10, and folder: as the adaptive sampler's authors have it, but for their quad schedule.
@@ -1349,11 +1167,7 @@ CIFAR10 = {"image_size": 32, "width": 128, "mults": [1, 2, 2, 2], "attention": [
 CIFAR10 |= {"steps": 100_000, "lr": 2e-4, "ema_decay": 0.9999}
 PRESETS = {"digits": DIGITS, "mnist": MNIST, "fashion-mnist": MNIST, "cifar10": CIFAR10, "folder": CIFAR10}
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
-MODES = ("out", "resume", "generate", "checkpoint", "report")  # flags that are no settings of a run
-
-
-def settings_of(args):
-    return {name: value for name, value in vars(args).items() if name not in MODES}
+WEIGHTINGS = ("auto", "none", "change-aware", "min-snr")
 
 
 def within(kind, low, high):
@@ -1384,9 +1198,8 @@ def make_parser():
     options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "description": __doc__.split("\n")[0]}
     parser = Parser(allow_abbrev=False, add_help=False, **options)
     add = parser.add_argument
-    weightings = ("auto", "none", "change-aware", "min-snr")
     add("--strategy", choices=STRATEGIES, default="uniform", help="how timesteps are drawn")
-    add("--weighting", choices=weightings, default="auto", help="auto: change-aware for speed, else none")
+    add("--weighting", choices=WEIGHTINGS, default="auto", help="auto: change-aware for speed, else none")
     add("--momentum-decay", action="store_true", help="lower beta1 and lr as training goes on")
     add("--speed-variant", choices=("paper", "code"), default="paper", help="SpeeD's formula or its authors' runs")
     add("--speed-k", type=POSITIVE, default=5.0, help="SpeeD: t < tau is drawn k times as often")
@@ -1395,9 +1208,7 @@ def make_parser():
     add("--curriculum-mu", type=SHARE, default=0.3, help="centre of the Gaussian, in units of T")
     add("--curriculum-sigma", type=POSITIVE, default=0.5, help="its width, in units of T")
     add("--adaptive-reward", choices=("bound", "loss"), default="bound", help="what the policy learns to lower")
-    add("--adaptive-every", type=COUNT, default=10, help="steps between updates of the policy")
-    add("--adaptive-lr", type=POSITIVE, default=1e-3, help="learning rate of the policy")
-    add("--adaptive-entropy", type=POSITIVE, default=0.05, help="weight of the policy's entropy")
+    add("--adaptive-entropy", type=POSITIVE, help="weight of the policy's entropy; None: 0.05, for the loss 0.1")
     add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
     add("--image-size", type=COUNT, help="side of the square images")
@@ -1417,10 +1228,9 @@ def make_parser():
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
     add("--seed", type=WHOLE, default=0, help="of model, order, noise and timesteps, not of the digits")
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
-    add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: --eval-every")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
-    add("--compile", choices=("auto", "off", "on"), default="auto", help="takes minutes; auto: CUDA from 5,000 steps")
+    add("--compile", action="store_true", help="with torch.compile: takes minutes, worth it for a long run on a GPU")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
     add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
@@ -1430,7 +1240,6 @@ def make_parser():
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
-    add("--report", nargs="+", metavar="RUN", help="compare runs in a table, the first being the baseline")
     return parser
 
 
@@ -1438,27 +1247,19 @@ def parse_args(argv=None):
     """(settings with all defaults filled in, the checkpoint they start from or None). UserError: a clash."""
     parser = make_parser()
     first, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[first.dataset])
     checkpoint = None
     if (first.generate is None) != (first.checkpoint is None):
         raise UserError("--generate N and --checkpoint FILE go together")
-    parser.set_defaults(**PRESETS[first.dataset])
     if first.resume or first.generate:
         checkpoint = load_checkpoint(first.checkpoint or f"{first.resume}/checkpoint.pt")
-        parser.set_defaults(**checkpoint["args"])
+        parser.set_defaults(**checkpoint["args"] | {"out": None, "resume": None})
     parser.add_argument("-h", "--help", action="help", help="show the defaults of a --dataset and exit")
     args = parser.parse_args(argv)
     args.warmup = args.warmup or max(1, args.steps // 20)
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.checkpoint_every = args.checkpoint_every or args.eval_every
     args.fid_every = args.fid_every or args.steps
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
-    if not args.report:
-        check_settings(args, checkpoint)
-    return args, checkpoint
-
-
-def check_settings(args, checkpoint):
-    """UserError where settings clash. What a class itself refuses is found by building it, without weights."""
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} must be a new folder, and has no place beside --resume")
     if args.warmup > args.steps:
@@ -1469,47 +1270,30 @@ def check_settings(args, checkpoint):
         raise UserError("--fid-samples 1: a distance needs at least 2 samples")
     if args.resume and checkpoint["step"] > args.steps:
         raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
-    try:
+    with explained("these settings do not fit together"):  # what a class itself refuses
         ab = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
         build_sampler(args, ab, 3)
         build_weights(args, ab)
-        with torch.device("meta"):
+        with torch.device("meta"):  # without weights
             build_unet(args, 3)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(str(error)) from error
+    return args, checkpoint
 
 
 def main(argv=None):
-    """Exit status: 0; 2: the user can fix it; 1: disk or memory is full, or the run diverged; 128 + signal."""
+    """Exit status: 0; 2: an error that the user can fix; 128 + signal."""
     try:
         args, checkpoint = parse_args(argv)
-        if args.report:
-            report(args.report, args.out)
-        elif args.generate:
-            generate(args, checkpoint)
-        else:
-            return train(args, checkpoint)
-        return 0
-    except UserError as error:
+        if args.generate:
+            return generate(args, checkpoint)
+        return train(args, checkpoint)
+    except (UserError, OSError) as error:
         if LOCAL_RANK == 0:  # most errors meet every process
             print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("speedup_diffusion.py: stopped", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (FloatingPointError, OSError) as error:
-        problem = one_line(error)
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
-            raise
-        problem = "out of memory: lower --batch-size, --width or --image-size"
-    print(f"speedup_diffusion.py: {problem}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":
-    status = main()
-    if WORLD_SIZE > 1 and status:
-        sys.stdout.flush()
-        os._exit(status)  # the end of the interpreter could wait for NCCL, which waits for the others
-    sys.exit(status)
+    sys.exit(main())

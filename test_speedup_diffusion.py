@@ -5,7 +5,6 @@ import copy
 import csv
 import functools
 import inspect
-import json
 import math
 import os
 import re
@@ -31,9 +30,9 @@ import speedup_diffusion as sd
 
 sd.render_digits = functools.cache(sd.render_digits)
 sd.digit_features = functools.cache(sd.digit_features)
-TINY = (
-    "--width 8 --batch-size 16 --steps 6 --eval-every 3 --timesteps 50 --sampling-steps 4 --fid-samples 0 --device cpu"
-)
+TINY = "--device cpu --width 8 --batch-size 16 --steps 6 --eval-every 3 --timesteps 50 --fid-samples 0"
+TINY += " --sampling-steps 4"
+SCRIPT = [sys.executable, sd.__file__]
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 each_schedule = pytest.mark.parametrize("schedule", ["linear", "quad", "cosine"])
 assert_identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
@@ -168,31 +167,19 @@ def test_speeds_authors_form_mirrors_half_of_what_is_drawn():
 def test_curriculum_goes_from_uniform_to_its_gaussian():
     sampler = sd.CurriculumSampler(1000, total_steps=400)
     bell = scipy.stats.norm.pdf(range(1000), 300, 500)
-    for step, gamma in ((0, 0.0), (100, 0.25), (500, 1.0)):
+    for step in (0, 100, 500):
+        gamma = min(1, step / 400)
         sampler.sample(torch.zeros(1), step)
         assert np.allclose(sampler.probs, (1 - gamma) / 1000 + gamma * bell / bell.sum(), atol=0)
 
 
-@pytest.mark.parametrize("a, b", [(0.05, 0.3), (1.0, 1.0), (40.0, 25.0)])
-def test_the_policys_distribution_is_a_beta_at_the_bin_centres_with_a_floor(a, b):
-    sampler = sd.AdaptiveSampler(torch.linspace(0.99, 0.01, 5), 1, floor=0.1)
+@pytest.mark.parametrize("a, b, margin", [(0.05, 0.3, 0.0), (1.0, 1.0, 0.2), (40.0, 25.0, 0.1)])
+def test_the_policys_distribution_is_a_beta_at_the_bin_centres_with_a_floor(a, b, margin):
+    sampler = sd.AdaptiveSampler(torch.linspace(0.99, 0.01, 5), 1, floor=0.1, margin=margin)
     sampler.policy = lambda images: torch.tensor([[a, b]]).expm1().log()
-    density = scipy.stats.beta.pdf([0.1, 0.3, 0.5, 0.7, 0.9], a, b)
+    density = scipy.stats.beta.pdf(margin + (1 - 2 * margin) * np.linspace(0.1, 0.9, 5), a, b)
     found = sampler.distribution(torch.zeros(1)).probs
     assert np.allclose(found, 0.9 * density / density.sum() + 0.1 / 5, rtol=2e-3)
-
-
-@pytest.mark.parametrize("start, size, channels", [(0, 8, 1), (400, 5, 4), (800, 40, 3)])
-def test_adaptive_begins_nearly_uniform_and_moves_to_the_rewarded_timesteps(start, size, channels):
-    sampler = sd.AdaptiveSampler(sd.GaussianDiffusion().alphas_cumprod, channels)
-    x0 = torch.randn(64, channels, size, size)
-    t = sampler.sample(x0, 0)
-    assert sampler.probs.sub(0.001).abs().sum() < 0.04
-    for step in range(30):
-        rewarded = (t >= start) & (t < start + 200)
-        sampler.update_policy(1e-4 * rewarded.float()[None])
-        t = sampler.sample(x0, step)
-    assert sampler.probs[start : start + 200].sum() > 0.5
 
 
 def test_the_policy_gradient_is_that_of_the_closed_form():
@@ -263,8 +250,9 @@ def test_adaptive_selects_of_each_third_the_column_that_correlates_most_with_the
     deltas[:, 11] = 0.25  # a constant predicts nothing
     widths = torch.randint(1, 5, (12,))
     total = deltas @ widths.float()
-    r = torch.tensor([scipy.stats.pearsonr(column, total)[0] for column in deltas.T[:11]] + [0.0])
-    expected = r.abs().view(3, 4).argmax(1) + torch.tensor([0, 4, 8])
+    with np.errstate(invalid="ignore"):
+        r2 = np.nan_to_num(np.corrcoef(deltas.T, total)[-1, :-1] ** 2)
+    expected = torch.tensor(r2).view(3, 4).argmax(1) + torch.tensor([0, 4, 8])
     assert torch.equal(sd.AdaptiveSampler.most_predictive(deltas, widths, 3), expected)
 
 
@@ -307,66 +295,29 @@ def test_each_acceleration_runs_where_only_its_source_is_pasted(name):
         made.sample(torch.zeros(9, 1, 8, 8), 0)
 
 
-SENSELESS = [  # what the command line does not let through
-    (sd.GaussianDiffusion, ["sigmoid"]),
-    (sd.GaussianDiffusion().sample, [None, (1, 1, 4, 4), "euler"]),
-    (sd.GaussianDiffusion().sample, [None, (1, 1, 4, 4), "ddim", 1001]),
-    (sd.SpeeDSampler, [torch.ones(10), 5.0, 7, 10]),
-]
-
-
-@pytest.mark.parametrize("make, arguments", SENSELESS)
-def test_the_library_refuses_what_makes_no_sense(make, arguments):
-    with pytest.raises(ValueError):
-        make(*arguments)
-
-
 # 3 U-Net
-
-
-def awake(model):
-    """The model in eval mode, its zero-initialised convolutions drawn, so that everything has an effect."""
-    for p in model.parameters():
-        if not p.any():
-            nn.init.normal_(p, std=0.05)
-    return model.eval()
 
 
 @pytest.mark.parametrize("channels, size, patch", [(1, 16, 2), (3, 28, 1)])
 def test_unet_keeps_the_shape_depends_on_t_and_learns_everywhere(channels, size, patch):
-    model = awake(sd.UNet(channels, 6, (1, 2, 3), 1, None, 0.1, size, patch))
+    model = sd.UNet(channels, 6, (1, 2, 3), 1, None, 0.1, size, patch).eval()
+    for p in model.parameters():
+        if not p.any():  # what starts at zero has no effect yet
+            nn.init.normal_(p, std=0.05)
     x = torch.randn(3, channels, size, size)
     t = torch.tensor([0, 10, 999])
     out = model(x, t)
     assert out.shape == x.shape
-    apart = (model(x, t.roll(1)) - out).abs()
-    assert apart.amax((1, 2, 3)).min() > 1e-4
+    assert (model(x, t.roll(1)) - out).abs().amax((1, 2, 3)).min() > 1e-4
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
-
-
-def test_self_attention_is_softmax_attention():
-    layer = awake(sd.SelfAttention(64))
-    x = torch.randn(2, 64, 3, 5)
-    q, k, v = layer.qkv(layer.norm(x)).view(2, 3, 64, 15).unbind(1)  # each [B, C, H W]
-    attended = v @ (q.mT @ k / 8).softmax(-1).mT
-    assert torch.allclose(layer(x), x + layer.out(attended.reshape(x.shape)), atol=1e-4)
 
 
 # 4 Data
 
 
-def test_digits_are_fixed_by_their_seed():
-    images, labels = sd.render_digits.__wrapped__(2000, 16, 0)
-    assert torch.equal(sd.render_digits(99, 16, 0)[0], images[:99])
-    assert len(images.unique(dim=0)) > 1990
-    assert labels.unique().tolist() == list(range(10))
-
-
 def test_a_folder_is_held_out_evenly_and_leftovers_are_passed_over(tmp_path, capsys):
-    leftovers = (
-        "__MACOSX/0.jpg .ipynb_checkpoints/0.png own/config.json own/metrics.csv own/3.png a/._1.jpg b/notes.txt"
-    )
+    leftovers = "__MACOSX/0.jpg .ipynb_checkpoints/0.png own/config.json own/metrics.csv own/3.png a/._1.jpg b/a.txt"
     for leftover in leftovers.split():
         (tmp_path / leftover).parent.mkdir(exist_ok=True)
         (tmp_path / leftover).touch()
@@ -409,20 +360,17 @@ def test_truncated_files_are_named_at_once(tmp_path):
     for i in range(7):
         solid("L", 1)(tmp_path / f"{i}.png")
         os.truncate(tmp_path / f"{i}.png", 60)
-    with pytest.raises(sd.UserError, match=r"(\d.png \(.*){5} and 2 more$"):
+    with pytest.raises(sd.UserError, match=r"^7 files cannot be read.*: ([^,]*\d.png \([^,]*(, )?){5}$"):
         sd.read_folder(tmp_path, 8)
 
 
-def test_torchvision_reads_mnist_and_its_test_split_is_held_out(tmp_path):
-    """From small files in MNIST's own format: a header and bytes."""
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part, n in (("train", 70), ("t10k", 30)):
-        images = np.array([0x803, n, 28, 28], ">i4").tobytes() + bytes([n]) * 784 * n
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(np.array([0x801, n], ">i4").tobytes() + bytes(n))
-    for images, n in zip(sd.load_dataset("mnist", tmp_path, 14), (70, 30)):
-        assert torch.equal(images, torch.full((n, 1, 14, 14), n).byte())
+def test_the_test_split_of_torchvisions_sets_is_held_out(monkeypatch):
+    def mnist(folder, train, download):
+        return mock.Mock(data=torch.full((70 if train else 30, 28, 28), 9).byte())
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", mnist)
+    for images, n in zip(sd.load_dataset("mnist", "", 14), (70, 30)):
+        assert torch.equal(images, torch.full((n, 1, 14, 14), 9).byte())
 
 
 # 5 Evaluation
@@ -457,12 +405,6 @@ def test_fid_is_that_of_clean_fid_and_scipy(monkeypatch, here):
     expected = fid.compute_fid("0", "1", num_workers=0, device=torch.device("cpu"))
     distance = sd.FrechetDistance(None, "cpu", images[0])
     assert distance(images[1]) == pytest.approx(expected, rel=1e-5)
-    # Against clean-fid's published statistics, here a file in place of the download.
-    monkeypatch.setattr("cleanfid.features.check_download_url", lambda url, **_: Path(url).name)
-    np.savez("cifar10_clean_train_32.npz", mu=np.arange(12), sigma=np.eye(12))
-    expected = fid.compute_fid("1", dataset_name="cifar10", dataset_res=32, num_workers=0, device=torch.device("cpu"))
-    published = sd.FrechetDistance(None, "cpu", images[0], published_cifar10=True)
-    assert published(images[1]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_digits_distance_tells_digits_from_noisy_ones_and_from_noise():
@@ -473,24 +415,15 @@ def test_the_digits_distance_tells_digits_from_noisy_ones_and_from_noise():
     assert 0 < 10 * distance(held_out) < distance(noisy) < distance(noise) / 2
 
 
-def test_without_a_network_fid_is_refused_before_training(here, capsys, monkeypatch):
-    monkeypatch.setattr("cleanfid.features.feature_extractor", lambda name, **_: os.listdir("no network"))
-    monkeypatch.setitem(sd.DIGITS, "fid_features", None)
-    assert main(f"{TINY} --fid-samples 10") == 2
-    assert not os.listdir()
-    assert re.search("--fid-features None cannot be used; digits needs .*no network", capsys.readouterr().err)
-
-
 # 6 Training
 
 METHODS = [
     "--strategy uniform --dropout 0.2",
     "--strategy logit-normal --weighting min-snr",
-    "--strategy speed --checkpoint-every 2 --speed-variant code",
+    "--strategy speed --speed-variant code",
     "--strategy curriculum --flip --momentum-decay",
-    "--strategy adaptive --adaptive-every 2 --adaptive-reward loss --weighting change-aware",
+    "--strategy adaptive --adaptive-reward loss --weighting change-aware",
 ]
-each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def before_steps(steps, act):
@@ -547,7 +480,6 @@ def test_strategies_share_model_images_noise_and_dropout(monkeypatch):
 
 AB = sd.GaussianDiffusion().alphas_cumprod
 REACHED = [
-    ("uniform --weighting min-snr", sd.UniformSampler(1000), sd.min_snr_weights(AB)),
     ("speed --speed-k 3 --speed-lam 0.8", sd.SpeeDSampler(AB, 3), sd.change_aware_weights(AB, 0.8)),
     ("speed --speed-variant code", sd.SpeeDSampler(AB, mirror=642), sd.change_aware_weights(AB, 0.6, 700)),
     ("curriculum --curriculum-mu 0.7 --curriculum-sigma 2", sd.CurriculumSampler(1000, 6, 0.7, 2), torch.ones(1000)),
@@ -560,29 +492,25 @@ def test_the_flags_of_each_method_reach_it(flags, expected, weights):
     run.sampler.sample(torch.zeros(1), 4)  # the curriculum moves
     expected.sample(torch.zeros(1), 4)
     assert_identical([run.sampler.probs, run.raw_weights], [expected.probs, weights])
-
-
-def test_the_flags_of_the_adaptive_sampler_reach_it():
-    run = training(f"{METHODS[4]} --adaptive-lr 0.5 --adaptive-entropy 0.25")
+    run = training(f"{METHODS[4]} --adaptive-entropy 0.25")
+    assert run.sampler.entropy == 0.25
     assert_identical(run.sampler.reward_weights, run.raw_weights)
-    assert (run.sampler.every, run.sampler.optimizer.defaults["lr"], run.sampler.entropy) == (2, 0.5, 0.25)
 
 
 STOPS = [  # what comes before a step, that step, the exit status, the step of the checkpoint
-    (lambda run: signal.raise_signal(signal.SIGTERM), 5, 143, 5),
-    (lambda run: signal.raise_signal(signal.SIGHUP), 7, 129, 7),
-    (lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), 9, 1, 8),  # the disk is full
-    (lambda run: signal.raise_signal(signal.SIGINT), 10, 130, 10),  # all that is left to do is to measure
+    (lambda run: signal.raise_signal(signal.SIGHUP), 17, 129, 17),
+    (lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), 23, 2, 20),  # the disk is full
+    (lambda run: signal.raise_signal(signal.SIGINT), 25, 130, 25),  # all that is left to do is to measure
 ]
 ON_CUDA = [pytest.param(f"--device cuda --amp {amp}", marks=on_cuda) for amp in ("off", "bf16", "fp16")]
 
 
 @pytest.mark.parametrize("more", ["--amp off", *ON_CUDA])
-@each_method
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_was_resumed_is_the_run_that_never_stopped(here, capsys, monkeypatch, method, more):
-    monkeypatch.setattr(sd, "LOG_EVERY", 3)  # rows in one line with the checkpoints (4, 8) and between them
+    monkeypatch.setattr(sd, "LOG_EVERY", 3)  # rows with, and between, the checkpoints (10, 20)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    flags = f"{TINY} {method} --steps 10 --eval-every 4 {more}"
+    flags = f"{TINY} {method} --steps 25 --eval-every 10 {more}"
     assert main(f"{flags} --out whole") == 0
     command = f"{flags} --out run"
     for act, step, status, kept in STOPS:
@@ -592,8 +520,6 @@ def test_a_run_that_was_resumed_is_the_run_that_never_stopped(here, capsys, monk
         command = "--resume run"
         assert (ended, checkpoint("run")["step"]) == (status, kept)
         assert re.search("--resume run|checkpoint.pt could not be written", capsys.readouterr().err)
-        if status > 128:  # a second signal ends the process
-            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert main(command) == 0
     if "cuda" not in more:
         return assert_same_run("whole", "run")
@@ -607,9 +533,8 @@ def test_a_finished_run_trains_longer_and_is_measured_again(here):
     assert main(f"{TINY} --fid-samples 20 --fid-every 3 --fid-features pixels.ts --out run") == 0
     before = metrics("run")[1]
     assert main("--resume run --fid-samples 30") == 0
-    first, last = metrics("run")
-    assert first["fid"] == ""  # measured otherwise
-    assert last["fid"] not in ("", before["fid"])
+    last = metrics("run")[1]
+    assert last["fid"] != before["fid"]
     assert last["val_mse"] == before["val_mse"]
     assert main("--resume run --steps 9") == 0
     assert [row["step"] for row in metrics("run")] == ["3", "6", "9"]
@@ -619,10 +544,13 @@ def test_a_finished_run_trains_longer_and_is_measured_again(here):
 def test_the_optimiser_receives_the_decayed_momentum_and_clipped_gradients_that_are_finite(amp):
     run = training(f"--momentum-decay --lr 0.01 --warmup 2 --amp {amp}")
     run.model.register_forward_hook(lambda model, x, eps: eps - 1)  # a gradient to clip
+    average = run.ema.head.weight.clone()
     for step in range(3):
         if step == 1:
             spoil_the_loss(run)
         run.train_step()
+        average = run.model.head.weight.detach().lerp(average, (1 + step) / (10 + step))
+        torch.testing.assert_close(run.ema.head.weight, average, rtol=1e-4, atol=1e-8)
         beta1, factor = sd.momentum_decay(step / 6)
         received = run.optimizer.param_groups[0]
         assert received["betas"] == (beta1, 0.999)
@@ -631,15 +559,6 @@ def test_the_optimiser_receives_the_decayed_momentum_and_clipped_gradients_that_
     norm = nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
     assert norm.item() == pytest.approx(1, rel=0.01)
     assert all(p.isfinite().all() for p in run.model.parameters())
-
-
-def test_the_decay_of_the_weight_average_grows_to_that_of_the_flag():
-    run = training("--ema-decay 0.15")
-    average = run.ema.head.weight.clone()
-    for decay in (1 / 10, 0.15, 0.15):  # (1 + step) / (10 + step), at most the flag's
-        run.train_step()
-        average = run.model.head.weight.detach().lerp(average, decay)
-        torch.testing.assert_close(run.ema.head.weight, average, rtol=1e-4, atol=1e-8)
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
@@ -654,8 +573,8 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
 
 def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(here, capsys):
     with before_steps({*range(2, 11), *range(12, 40)}, spoil_the_loss):
-        assert main(f"{TINY} --steps 40 --eval-every 4 --out run") == 1
-    assert "speedup_diffusion.py: step 24: 10 losses or gradients in a row" in capsys.readouterr().err
+        assert main(f"{TINY} --steps 40 --eval-every 4 --out run") == 2
+    assert "step 24: ten losses or gradients in a row" in capsys.readouterr().err
     assert checkpoint("run")["step"] == 20
     assert main("--resume run --lr 1e-5") == 0  # where the fault is gone
 
@@ -663,15 +582,14 @@ def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(here, capsys):
 def test_a_compiled_run_is_the_run(here, monkeypatch):
     eager = mock.Mock(side_effect=functools.partial(torch.compile, backend="eager"))  # traced but not translated
     monkeypatch.setattr(torch, "compile", eager)
-    for name in ("on", "off"):
-        assert main(f"{TINY} {METHODS[4]} --dropout 0.1 --compile {name} --out {name}") == 0
+    for flags in ("--out off", "--out on --compile"):
+        assert main(f"{TINY} {METHODS[4]} --dropout 0.1 {flags}") == 0
     assert eager.call_count == 2  # the model and its average
-    torch.testing.assert_close(checkpoint("on")["ema"], checkpoint("off")["ema"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(checkpoint("on")["ema"], checkpoint("off")["ema"])
 
 
-def test_generated_images_are_of_the_average_and_repeat_with_the_seed(here):
+def test_generated_images_repeat_with_the_seed(here):
     assert main(f"{TINY} --out run") == 0
-    torch.save(checkpoint("run") | {"model": None}, "run/checkpoint.pt")
     pictures = []
     for flags in ("--out one", "--out two", "--out other --seed 1"):
         assert main(f"--generate 6 --checkpoint run/checkpoint.pt --sampling-steps 3 {flags}") == 0
@@ -679,20 +597,9 @@ def test_generated_images_are_of_the_average_and_repeat_with_the_seed(here):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-@on_cuda
-@each_method
-def test_no_step_waits_for_the_gpu(method, request):
-    run = training(method, device="cuda")
-    run.train_step()
-    request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
-    torch.cuda.set_sync_debug_mode("error")
-    for _ in range(5):
-        run.train_step()
-
-
 # Several processes: this file is started twice, and the tests look at what its two ranks left behind
 
-ADAPTING = f"{TINY} --momentum-decay --adaptive-every 2 --strategy"
+ADAPTING = f"{TINY} --momentum-decay --steps 25 --eval-every 10 --strategy"
 
 
 def start_ranks(folder, *command):
@@ -705,25 +612,24 @@ def start_ranks(folder, *command):
 
 
 def one_of_two():
-    """What each rank does: five steps of every strategy; it is stopped, resumed, and killed."""
+    """What each rank does: five steps of every strategy; then a run that is whole, one that is stopped, and resumed."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.distributed.init_process_group()
     torch.distributed.init_process_group = lambda **_: None  # once: torch.distributed does not join twice
     torch.distributed.destroy_process_group = lambda: None
     for strategy in sd.STRATEGIES:
         run = training(f"{ADAPTING} {strategy}")
-        with before_steps({3} if strategy == "speed" and sd.RANK == 1 else {}, spoil_the_loss):
-            for _ in range(4):
-                run.train_step()
+        for _ in range(4):
+            run.train_step()
         before = copy.deepcopy(run.state_dict())
         with mock.patch.object(run.diffusion, "q_sample", wraps=run.diffusion.q_sample) as q_sample:
             run.train_step()
         after = run.state_dict() | {"args": 0, "grad": [p.grad for p in run.model.parameters()]}
         torch.save([before, after, q_sample.call_args.args], f"{strategy}-{sd.RANK}.pt")
-    flags = f"{ADAPTING} adaptive --dropout 0.2 --flip --steps 8 --out"
+    flags = f"{ADAPTING} adaptive --dropout 0.2 --flip --out"
     assert main(f"{flags} whole") == 0
-    with before_steps({5} if sd.RANK == 1 else {}, lambda run: signal.raise_signal(signal.SIGTERM)):
-        assert main(f"{flags} stopped") == 143  # at step 6, where a row is due
+    with before_steps({15} if sd.RANK == 1 else {}, lambda run: signal.raise_signal(signal.SIGTERM)):
+        assert main(f"{flags} stopped") == 143  # at step 20, where a row is due
     torch.distributed.barrier()
     if sd.RANK == 0:
         shutil.copytree("stopped", "as-one")
@@ -742,7 +648,6 @@ def test_two_ranks_stay_the_same_with_the_gradient_of_one_process(two_ranks, str
     before, one, half = torch.load(two_ranks / f"{strategy}-0.pt", weights_only=True)
     _, two, other_half = torch.load(two_ranks / f"{strategy}-1.pt", weights_only=True)
     assert_identical(one, two)
-    assert sum(not loss.isfinite() for loss in one["losses"]) == (strategy == "speed")  # for a loss of rank 1 alone
     run = training(f"{ADAPTING} {strategy}")
     run.load_state_dict(before)
     x0, t, noise = (torch.cat(parts) for parts in zip(half, other_half))
@@ -758,59 +663,25 @@ def test_two_ranks_stay_the_same_with_the_gradient_of_one_process(two_ranks, str
 def test_two_ranks_resume_as_two_and_as_one(two_ranks, monkeypatch):
     monkeypatch.chdir(two_ranks)
     assert_same_run("whole", "stopped")
-    assert checkpoint("as-one")["step"] == 6
+    assert checkpoint("as-one")["step"] == 20
     assert main("--resume as-one") == 0
 
 
 def test_two_ranks_started_by_a_launcher_refuse_once(here):
     statuses, errors = start_ranks(here, sd.__file__, *f"{TINY} --batch-size 15".split())
     assert statuses == [2, 2]
-    assert "".join(errors).count("--batch-size 15 must be at most") == 1
+    assert "".join(errors).count("--batch-size must be at most") == 1
 
 
-# 7 Report
-
-# Strategy, seed, distance at steps 100, 200 ... The baseline's mean curve goes 9, 5.5, 5.5: it is first there at 200.
-RUNS = "uniform 0 9 7 5,uniform 1 9 4 6,curriculum 0 5 3,curriculum 1 6.5 4.5,speed 0 9 5.5,speed 1 9 6,adaptive 0 4"
-TABLE = """\
-| strategy | runs | FD (digits) | speed-up | val_vlb | speed-up | val_mse | speed-up | seconds a step |
-|---|---|---|---|---|---|---|---|---|
-| uniform | 2 | 5.5 (5..6) | 0.9519 (0.7273..1.176) | 0.3333 | 1 | 0.03333 | 1 | 0.1 |
-| curriculum | 2 | 3.75 (3..4.5) | 1.667 (1.333..2) | 0.5 | - | 0.05 | - | 0.1 |
-| speed | 2 | 5.75 (5.5..6) | - | 0.5 | - | 0.05 | - | 0.1 |
-| adaptive, lr 0.5 | 1 | 4 | - | 1 | - | 0.1 | - | 0.1 |
-"""
-
-
-def test_the_report_compares_each_run_with_the_baselines_mean_curve(here, capsys):
-    base = vars(sd.parse_args(TINY.split())[0]) | {"data": "64 images", "features": "FD (digits)"}
-    for number, run in enumerate(RUNS.split(",")):
-        strategy, seed, *distances = run.split()
-        config = base | {"strategy": strategy, "seed": seed, "lr": 0.5 if strategy == "adaptive" else 0.1}
-        table = ",".join(sd.METRICS) + "\n25,50,2.5,0.5,0.1,0.9,,,\n"
-        for i, distance in enumerate(distances, 1):
-            table += f"{i}00,{i}00,{i}0,0.5,0.1,0.9,{0.1 / i},{1 / i},{distance}\n"
-        os.mkdir(f"{number}")
-        Path(f"{number}/config.json").write_text(json.dumps(config))
-        Path(f"{number}/metrics.csv").write_text(table)
-        torch.save({"args": 0, "channels": 0, "ema": 0, "probs": {200: torch.ones(9)}}, f"{number}/checkpoint.pt")
-    assert main("--report 0 1 2 3 4 5 6") == 0
-    assert capsys.readouterr().out.startswith(TABLE)
-    for key in ("data", "features", "fid_samples", "timesteps"):
-        Path("1/config.json").write_text(json.dumps(base | {key: 9}))
-        assert main("--report 0 1") == 2
-        assert f"--report: {key} is " in capsys.readouterr().err
-
-
-# 8 Command line
+# 7 Command line
 
 BAD_INPUT = """--stepps 3 | --step 3 | --timesteps 0 | --steps 0 | --speed-lam 1.1 | --resume @made --out new
 --strategy speed --speed-k 0.5 | --strategy speed --speed-tau 1001 | --strategy speed --speed-variant code --timesteps 1
 --weighting change-aware --speed-lam 0.4 | --fid-samples 1 | --width 9 | --attention 5 | --image-size 18
---batch-size 9729 | --sampling-steps 1001 | --warmup 2000 | --strategy adaptive --timesteps 2 | --report | --device tpu
+--batch-size 9729 | --sampling-steps 1001 | --warmup 2000 | --strategy adaptive --timesteps 2 | --device tpu
 --lr= | --lr=nan | --lr=inf | --lr=-1 | --seed=-1 | --seed=many | --steps=1e30 | --dropout=nan | --fid-samples=-1
 --generate 4 | --checkpoint @made/checkpoint.pt | --dataset folder --data-dir @made | --out @made | --resume nowhere
---resume @made --width 16 | --resume @made --steps 5 | --report @made nowhere | --out /proc/none/x
+--resume @made --width 16 | --resume @made --steps 5 | --resume @made --compile yes | --out /proc/none/x
 --generate 4 --checkpoint @cut.pt | --generate 4 --checkpoint @evil.pt | --fid-features @other.pt"""
 
 
@@ -840,29 +711,14 @@ def test_bad_input_is_one_line_and_status_2_at_once(here, capsys, monkeypatch, p
     assert all(name in line for name in re.findall(r"@(\w+\.\w+)", command))
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(here, capsys, monkeypatch):
-    monkeypatch.setattr(sd.Training, "train_step", lambda self: torch.empty(10**15))
-    assert main(TINY) == 1
-    assert capsys.readouterr().err.endswith("lower --batch-size, --width or --image-size\n")
-
-
-def test_help_shows_the_defaults_of_the_data_set(capsys):
-    with pytest.raises(SystemExit):
-        main("--help --dataset cifar10")
-    assert "channels of the first level (default: 128)" in " ".join(capsys.readouterr().out.split())
-
-
 def test_the_script_stops_on_ctrl_c_with_a_checkpoint_and_a_way_to_go_on(here):
-    command = [sys.executable, sd.__file__, *f"{TINY} --steps 99999".split()]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*SCRIPT, *f"{TINY} --steps 99999".split()], stderr=subprocess.PIPE, text=True)
     while not os.path.exists("runs/digits-uniform/checkpoint.pt") and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1].endswith("go on with --resume runs/digits-uniform\n")
     assert process.returncode == 130
 
-
-# The README
 
 README = Path(sd.__file__).with_name("README.md").read_text(encoding="utf-8")
 
@@ -884,14 +740,12 @@ def test_every_flag_that_the_readme_and_make_compare_name_exists():
     assert {*named} <= {*others, *sd.make_parser()._option_string_actions}
 
 
-# Minutes long
-
-SCRIPT = [sys.executable, sd.__file__]
+# Minutes long; of seconds, which vary from machine to machine, nothing is asserted
 
 
 @pytest.mark.slow
 def test_ten_kills_even_while_a_checkpoint_is_written_lose_nothing(here):
-    flags = f"{ADAPTING} adaptive --width 32 --steps 200 --eval-every 50 --checkpoint-every 1 --out"
+    flags = f"{ADAPTING} adaptive --width 32 --steps 200 --eval-every 4 --out"
     assert main(f"{flags} whole") == 0
     process = subprocess.Popen([*SCRIPT, *flags.split(), "killed"])
     before = -1
@@ -916,8 +770,6 @@ def test_the_default_run_draws_digits(here, options):
     begun, trained = (float(metrics(run)[-1]["fid"]) for run in ("begun", "run"))
     assert 0.5 < trained < 8 < 20 < begun
 
-
-# Speed: nothing is asserted of seconds, which vary from machine to machine
 
 BENCHED = ["uniform", "uniform --momentum-decay", "logit-normal", "speed", "curriculum", "adaptive"]
 BENCHED += ["adaptive --adaptive-reward loss --weighting change-aware"]
