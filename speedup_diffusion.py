@@ -34,7 +34,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-# Whoever starts several processes, torchrun or another launcher, numbers them over all machines and on each.
+# torchrun, or another launcher, numbers the processes it starts: RANK over all machines, LOCAL_RANK on each.
 RANK = int(os.environ.get("RANK", "0"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", RANK))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,8 +47,8 @@ class UserError(Exception):
 # 1 Diffusion ------------------------------------------------------------------------------------------------
 # Diffusion mixes noise into an image x0: little at t = 0, until at t = T - 1 nearly nothing else is left. A network
 # sees the noisy x_t and t and predicts epsilon (eps), the noise in it; its loss is the mean square error (MSE) of
-# that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational bound on the
-# likelihood (VLB): these MSEs summed over t, each times vlb_coefficients[t]. ab is short for alphas_cumprod.
+# that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational bound on the negative
+# log-likelihood (VLB): these MSEs summed over t, each times vlb_coefficients[t]. ab is short for alphas_cumprod.
 # Images are float [B, C, H, W] in [-1, 1]; t is int64 [B].
 
 
@@ -183,10 +183,10 @@ class SpeeDSampler:
         P(t) = k / (T + tau (k - 1))  for t < tau,    1 / (T + tau (k - 1))  for t >= tau
 
     Source: Wang et al., "A Closer Look at Time Steps is Worthy of Triple Speed-Up for Diffusion Model Training",
-    arXiv:2405.17403 (CVPR 2025). The formula, k = 5 and tau = 700 (linear schedule, T = 1000) are those of the authors'
-    code. tau=None is our rule for any schedule: the number of t with ab >= 0.0069, 700 on that one.
-    mirror: the authors' training runs also reflect half of each batch about m = mirror: t < m becomes m - t, the
-    others t - m. To draw from P'(t) = (P(t) + the sum of P(s) over all s reflected onto t) / 2 is the same.
+    arXiv:2405.17403 (CVPR 2025). Formula, k = 5 and tau = 700 (linear, T = 1000) are as in the authors' code. tau=None
+    is our rule for any schedule: the number of t with ab >= 0.0069, 700 on that one.
+    mirror: the authors' training runs also move half of each batch from t to |t - m|, m = mirror. To draw from
+    P'(t) = (P(t) + the sum of P(s) over all s moved to t) / 2 is the same.
     SpeeD is this sampler with `change_aware_weights`. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T.
     """
 
@@ -200,8 +200,8 @@ class SpeeDSampler:
         self.tau = tau
         self.probs = torch.where(t < tau, k, 1.0) / (T + tau * (k - 1))
         if mirror is not None:
-            reflected = torch.zeros_like(self.probs).index_add(0, (t - mirror).abs(), self.probs)
-            self.probs = (self.probs + reflected) / 2
+            moved = torch.zeros_like(self.probs).index_add(0, (t - mirror).abs(), self.probs)
+            self.probs = (self.probs + moved) / 2
 
     @staticmethod
     def mirror_step(alphas_cumprod):
@@ -289,21 +289,20 @@ class AdaptiveSampler:
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
       4. S becomes the timesteps whose column of the queue best predicts the sum of Delta over all t (largest
          r^2): one of each third of the probe, if S has three.
-    Use: t = sampler.sample(x0, step); before_update(model, step); optimizer.step(); after_update(model).
+    Use: sample(x0, step); loss.backward(); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
     (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, gradient norm 1. Their reward is
-    the sum of Delta over S plus entropy H; probe = T, every = 40, lr = entropy = 1e-2.
+    the sum of Delta over S plus entropy H, their probe = T, every = 40, lr = entropy = 1e-2.
     Ours: A as the reward; before and after share x_t and noise, so that Delta shows the update and not the draw, and
-    are measured without dropout; probes lie denser at small t, each weighted by the width of its bin; S has one t of
-    each third, as small t alone tell little at the start; Adam's beta2 of 0.99; `floor`, so that no t dies out.
+    are measured in float32 without dropout; probes lie denser at small t, each weighted by the width of its bin; S has
+    one t of each third, as small t alone tell little at first; Adam's beta2 of 0.99; `floor`, so that no t dies out.
     reward_weights: [T]. None: the bound's coefficients, as in the paper, but 0 where beta is capped at 0.999 (on the
-    cosine schedule one such t is nearly all of the bound). Given the loss weights, the reward is a lower training
-    loss, our own variant, for which we take margin = 0.1: P stays finite at the ends, where a Beta may grow without
-    bound. The weights only decide which t become S, as A standardises each.
-    Cost: 2 (probe + selected B) image-forwards every `every` steps beside 3 B a step, and the policy at every step.
-    alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's wrapper. Several
-    processes build the policy under one seed and keep it, the queue, S and `probs` the same. ValueError: bad numbers.
+    cosine schedule one such t is nearly all of the bound). They only decide which t become S, as A standardises each.
+    Our own variant rewards a lower training loss: the loss weights, and margin = 0.1, so that P can't pile up at t = 0.
+    Cost: 2 (probe + selected B) forwards of an image every `every` steps, where a training step is worth 3 B; and the
+    policy at every step. alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's
+    wrapper. Processes that build the policy under one seed keep the same one. ValueError: numbers out of range.
     """
 
     def __init__(
@@ -649,9 +648,9 @@ def find_images(folder):
             paths += [Path(here, name) for name in names if not name.startswith(".")]
     images = sorted(path for path in paths if path.suffix.lower() in endings)
     if not images:
-        raise UserError(f"--data-dir {folder}: no such folder, or no {', '.join(FORMATS)} in it or below it")
+        raise UserError(f"--data-dir {folder}: no such folder, or no image ({', '.join(FORMATS)}) in it or below it")
     if RANK == 0 and len(images) < len(paths):
-        print(f"{folder}: {len(paths) - len(images)} files are no {', '.join(FORMATS)} and not read")
+        print(f"{folder}: {len(paths) - len(images)} other files are not read")
     return images
 
 
@@ -685,7 +684,7 @@ def read_folder(folder, size):
 def load_dataset(name, data_dir, size):
     """(train, held_out), both uint8 [N, C, size, size], on the CPU.
 
-    Held out: the test split where there is one, else 5% (1 to 2,500), the same ones each time and of every class.
+    Held out: the test split where there is one, else 5% (1 to 2,500), the same ones each time, all over the folder.
     """
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
@@ -756,7 +755,7 @@ def save_grid(images, path):
 
 
 def digit_features():
-    """A function: float [N, 3, H, W] in 0..255 -> [N, 64], the strokes that a classifier, trained here, looks for."""
+    """A function: float [N, 3, H, W] in 0..255 -> [N, 64], what a classifier trained here on digits finds in them."""
     images, labels = render_digits(10_240, 16, seed=1)
     x = to_float(images)
     torch.manual_seed(0)
@@ -863,9 +862,9 @@ def build_sampler(args, ab, channels):
     if args.strategy == "curriculum":
         return CurriculumSampler(len(ab), args.steps, args.curriculum_mu, args.curriculum_sigma)
     if args.strategy == "adaptive" and args.adaptive_reward == "loss":
-        return AdaptiveSampler(ab, channels, build_weights(args, ab), entropy=args.adaptive_entropy or 0.1, margin=0.1)
+        return AdaptiveSampler(ab, channels, build_weights(args, ab), entropy=args.adaptive_entropy, margin=0.1)
     if args.strategy == "adaptive":
-        return AdaptiveSampler(ab, channels, entropy=args.adaptive_entropy or 0.05)
+        return AdaptiveSampler(ab, channels, entropy=args.adaptive_entropy)
     return UniformSampler(len(ab))
 
 
@@ -1011,7 +1010,7 @@ def load_checkpoint(path):
 
 
 def catch_signals():
-    """A list to which the first SIGINT, SIGTERM or SIGHUP is appended; a second one has its default effect."""
+    """A list to which the first SIGINT, SIGTERM or SIGHUP is appended; the same again ends the process."""
     received = []
 
     def receive(number, frame):
@@ -1043,9 +1042,10 @@ def loop(run, folder, held_out, distance):
         logs = evaluates or due(LOG_EVERY)
         stop = received[0] if received else 0
         if WORLD_SIZE > 1:  # asking the others takes time: all stop together where a row is due
-            stop = torch.tensor(stop if logs else 0)
+            agreed = torch.tensor(stop if logs else 0)
             if logs:
-                distributed.all_reduce(stop, distributed.ReduceOp.MAX)
+                distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+            stop = agreed.item()
         if logs or stop:
             if run.bad_in_a_row >= 10:  # waits for the device
                 raise UserError(f"step {run.step}: ten losses or gradients in a row were not finite, lower --lr")
@@ -1212,7 +1212,7 @@ def make_parser():
     add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
     add("--image-size", type=COUNT, help="side of the square images")
-    add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the training images")
+    add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror training images half of the time")
     add("--schedule", choices=("linear", "cosine", "quad"), default="linear", help="how fast the noise grows")
     add("--timesteps", type=COUNT, default=1000, help="T")
     add("--width", type=COUNT, help="channels of the first level")
@@ -1223,7 +1223,7 @@ def make_parser():
     add("--patch", type=COUNT, default=1, help="pixel-unshuffle factor in front of the U-Net")
     add("--steps", type=COUNT, help="training steps")
     add("--batch-size", type=COUNT, default=128, help="images a step, of all processes together")
-    add("--lr", type=POSITIVE, help="learning rate of AdamW, constant after the warm-up")
+    add("--lr", type=POSITIVE, help="learning rate of AdamW, after the warm-up")
     add("--warmup", type=COUNT, help="steps to the full learning rate; None: 5%% of the steps")
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
     add("--seed", type=WHOLE, default=0, help="of model, order, noise and timesteps, not of the digits")
@@ -1260,6 +1260,7 @@ def parse_args(argv=None):
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.fid_every = args.fid_every or args.steps
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
+    args.adaptive_entropy = args.adaptive_entropy or {"bound": 0.05, "loss": 0.1}[args.adaptive_reward]
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} must be a new folder, and has no place beside --resume")
     if args.warmup > args.steps:

@@ -327,7 +327,7 @@ def test_a_folder_is_held_out_evenly_and_leftovers_are_passed_over(tmp_path, cap
     train, held_out = sd.load_dataset("folder", tmp_path, 8)
     assert (len(train), len(held_out)) == (285, 15)
     assert len(torch.cat([train, held_out]).unique(dim=0)) == 300
-    assert re.search(r": 1 files .* not read\n$", capsys.readouterr().out)
+    assert re.search(r": 1 other files are not read\n$", capsys.readouterr().out)
 
 
 def solid(mode, colour, **options):
@@ -629,7 +629,7 @@ def one_of_two():
     flags = f"{ADAPTING} adaptive --dropout 0.2 --flip --out"
     assert main(f"{flags} whole") == 0
     with before_steps({15} if sd.RANK == 1 else {}, lambda run: signal.raise_signal(signal.SIGTERM)):
-        assert main(f"{flags} stopped") == 143  # at step 20, where a row is due
+        assert repr(main(f"{flags} stopped")) == "143"  # at step 20, where a row is due
     torch.distributed.barrier()
     if sd.RANK == 0:
         shutil.copytree("stopped", "as-one")
