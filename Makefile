@@ -62,8 +62,10 @@ compare: $(VENV)/installed
 	    run min-snr --weighting min-snr; \
 	    run logit-normal --strategy logit-normal; \
 	done
-	head -n 1 $(RESULTS)/uniform-$(firstword $(SEEDS))/metrics.csv
-	tail -n 1 $(RESULTS)/*/metrics.csv
+	@for run in $(RESULTS)/*; do \
+	    tail -n 1 $$run/metrics.csv | awk -F , -v name=$${run##*/} \
+	        '{ printf "%-30s val_mse %.5f  val_vlb %.3f  FD %.3f\n", name, $$7, $$8, $$9 }'; \
+	done
 
 CIFAR10 = --dataset cifar10 --image-size 16 --patch 2 --width 32 --mults 1 1 --num-blocks 1 --attention 4 --dropout 0 \
     --lr 2e-3 --ema-decay 0.999 --steps 5000 --eval-every 500 --fid-every 500 --fid-samples 2000 --sampling-steps 25
