@@ -745,7 +745,7 @@ def test_every_flag_that_the_readme_and_make_compare_name_exists():
 
 @pytest.mark.slow
 def test_ten_kills_even_while_a_checkpoint_is_written_lose_nothing(here):
-    flags = f"{ADAPTING} adaptive --width 32 --steps 200 --eval-every 4 --out"
+    flags = f"{ADAPTING} adaptive --width 32 --steps 60 --eval-every 2 --out"
     assert main(f"{flags} whole") == 0
     process = subprocess.Popen([*SCRIPT, *flags.split(), "killed"])
     before = -1
