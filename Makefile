@@ -64,7 +64,7 @@ compare: $(VENV)/installed
 	done
 	@for run in $(RESULTS)/*; do \
 	    tail -n 1 $$run/metrics.csv | awk -F , -v name=$${run##*/} \
-	        '{ printf "%-30s val_mse %.5f  val_vlb %.3f  FD %.3f\n", name, $$7, $$8, $$9 }'; \
+	        '{ printf "%-30s val_mse %.5f  val_vlb %.3f  FD %.6s\n", name, $$7, $$8, $$9 }'; \
 	done
 
 CIFAR10 = --dataset cifar10 --image-size 16 --patch 2 --width 32 --mults 1 1 --num-blocks 1 --attention 4 --dropout 0 \

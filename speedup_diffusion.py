@@ -206,9 +206,8 @@ class SpeeDSampler:
     @staticmethod
     def mirror_step(alphas_cumprod):
         """The authors' m, 642 on linear T = 1000: the first t where sqrt(1 - ab) grows by less than 0.1 / T, plus 1."""
-        T = len(alphas_cumprod)
         growth = torch.gradient((1 - alphas_cumprod.cpu().double()).sqrt())[0]
-        return min(int((growth >= 0.1 / T).long().argmin()) + 1, T - 1)
+        return min(int((growth >= 0.1 / len(growth)).long().argmin()) + 1, len(growth) - 1)
 
     def sample(self, x0, step):
         self.probs = self.probs.to(x0.device)
@@ -299,7 +298,7 @@ class AdaptiveSampler:
     one t of each third, as small t alone tell little at first; Adam's beta2 of 0.99; `floor`, so that no t dies out.
     reward_weights: [T]. None: the bound's coefficients, as in the paper, but 0 where beta is capped at 0.999 (on the
     cosine schedule one such t is nearly all of the bound). They only decide which t become S, as A standardises each.
-    Our own variant rewards a lower training loss: the loss weights, and margin = 0.1, so that P can't pile up at t = 0.
+    Our variant rewards a lower training loss: the loss weights, entropy = 0.1, margin = 0.1 against a pile at t = 0.
     Cost: 2 (probe + selected B) forwards of an image every `every` steps, where a training step is worth 3 B; and the
     policy at every step. alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's
     wrapper. Processes that build the policy under one seed keep the same one. ValueError: numbers out of range.
@@ -969,16 +968,15 @@ class Training:
 
     def log(self, folder, held_out=None, distance=None):
         """Add a row to metrics.csv. With held_out measure the EMA model, too, save samples and print a line."""
-        args = self.args
         losses = torch.tensor(self.losses)  # waits for the device
         group = self.optimizer.param_groups[0]
-        row = {"step": self.step, "images": self.step * args.batch_size, "seconds": self.seconds}
+        row = {"step": self.step, "images": self.step * self.args.batch_size, "seconds": self.seconds}
         row |= {"loss": losses[losses.isfinite()].mean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
         if held_out is not None:
             with self.autocast:
                 row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out)
-                count = args.fid_samples if distance else 64
-                samples = draw_samples(self.ema, self.diffusion, args, self.images.shape[1], count)
+                count = self.args.fid_samples if distance else 64
+                samples = draw_samples(self.ema, self.diffusion, self.args, self.images.shape[1], count)
             save_grid(samples, folder / f"samples-{self.step}.png")
             text = f"loss {row['loss']:.4f}, val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
             if distance:
@@ -995,7 +993,7 @@ class Training:
 def save_checkpoint(run, path):
     """Write and then rename, so that path holds the old checkpoint or the new one, never a half. UserError."""
     temporary = path.with_name("new-" + path.name)
-    with explained(f"{path} could not be written, an older one there is whole"):
+    with explained(f"{path} could not be written, an older one, if any, is whole"):
         torch.save(run.state_dict(), temporary)
         temporary.replace(path)
 
@@ -1167,7 +1165,6 @@ CIFAR10 = {"image_size": 32, "width": 128, "mults": [1, 2, 2, 2], "attention": [
 CIFAR10 |= {"steps": 100_000, "lr": 2e-4, "ema_decay": 0.9999}
 PRESETS = {"digits": DIGITS, "mnist": MNIST, "fashion-mnist": MNIST, "cifar10": CIFAR10, "folder": CIFAR10}
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
-WEIGHTINGS = ("auto", "none", "change-aware", "min-snr")
 
 
 def within(kind, low, high):
@@ -1199,8 +1196,9 @@ def make_parser():
     parser = Parser(allow_abbrev=False, add_help=False, **options)
     add = parser.add_argument
     add("--strategy", choices=STRATEGIES, default="uniform", help="how timesteps are drawn")
-    add("--weighting", choices=WEIGHTINGS, default="auto", help="auto: change-aware for speed, else none")
-    add("--momentum-decay", action="store_true", help="lower beta1 and lr as training goes on")
+    weightings = ("auto", "none", "change-aware", "min-snr")
+    add("--weighting", choices=weightings, default="auto", help="auto: change-aware for speed, else none")
+    add("--momentum-decay", action=argparse.BooleanOptionalAction, default=False, help="lower beta1 and lr with time")
     add("--speed-variant", choices=("paper", "code"), default="paper", help="SpeeD's formula or its authors' runs")
     add("--speed-k", type=POSITIVE, default=5.0, help="SpeeD: t < tau is drawn k times as often")
     add("--speed-tau", type=COUNT, help="SpeeD: 1..T; None: the number of t with alphas_cumprod >= 0.0069")
@@ -1230,7 +1228,7 @@ def make_parser():
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
-    add("--compile", action="store_true", help="with torch.compile: takes minutes, worth it for a long run on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="takes minutes, for long runs on a GPU")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
     add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
@@ -1290,6 +1288,8 @@ def main(argv=None):
     except (UserError, OSError) as error:
         if LOCAL_RANK == 0:  # most errors meet every process
             print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
+        if WORLD_SIZE > 1:
+            os._exit(2)  # the interpreter's own end could wait for NCCL, which waits for the others
         return 2
     except KeyboardInterrupt:
         print("speedup_diffusion.py: stopped", file=sys.stderr)
