@@ -1008,12 +1008,12 @@ def load_checkpoint(path):
 
 
 def catch_signals():
-    """A list to which the first SIGINT, SIGTERM or SIGHUP is appended; the same again ends the process."""
+    """A list to which every SIGINT, SIGTERM and SIGHUP is appended; a Ctrl-C after the first ends the process."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # this alone: a terminal that closes hangs up twice
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows lacks SIGHUP
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it

@@ -499,7 +499,7 @@ def test_the_reward_of_the_adaptive_sampler_decides_its_weights_entropy_and_marg
 
 
 STOPS = [  # what comes before a step, that step, the exit status, the step of the checkpoint
-    (lambda run: signal.raise_signal(signal.SIGHUP), 17, 129, 17),
+    (lambda run: [*map(signal.raise_signal, [1, 1])], 17, 129, 17),  # a terminal that closes may hang up twice
     (lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), 23, 2, 20),  # the disk is full
     (lambda run: signal.raise_signal(signal.SIGINT), 25, 130, 25),  # all that is left to do is to measure
 ]
@@ -727,7 +727,7 @@ README = Path(sd.__file__).with_name("README.md").read_text(encoding="utf-8")
 def test_every_snippet_of_the_readme_runs_as_it_stands(here, block):
     if "from diffusers" in block:
         pytest.importorskip("diffusers")
-    names = {"__name__": "snippet"}
+    names = {}
     exec(block, names)
     assert all(p.isfinite().all() for p in names["model"].parameters())
 
@@ -735,7 +735,7 @@ def test_every_snippet_of_the_readme_runs_as_it_stands(here, block):
 def test_every_flag_that_the_readme_and_make_compare_name_exists():
     others = "--help --nproc_per_node --nnodes --node_rank --master_addr --master_port --local-addr"
     compared = re.findall(r"\n\t    run \S+ (--.*);", Path(sd.__file__).with_name("Makefile").read_text())
-    assert len(compared) >= 12
+    assert compared[14]  # all rows were found
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join([README, *compared])):
         assert flag in others.split() or flag in sd.make_parser()._option_string_actions
 
