@@ -39,7 +39,7 @@ compare: $(VENV)/installed
 	    run() { \
 	        name=$$1; shift; \
 	        if [ -e $(RESULTS)/$$name-$$seed/checkpoint.pt ]; then \
-	            $(RUN) speedup_diffusion.py --resume $(RESULTS)/$$name-$$seed; \
+	            $(RUN) speedup_diffusion.py --resume $(RESULTS)/$$name-$$seed $(FLAGS); \
 	        else \
 	            rm -rf $(RESULTS)/$$name-$$seed; \
 	            $(RUN) speedup_diffusion.py --out $(RESULTS)/$$name-$$seed --seed $$seed $$@ \
@@ -63,9 +63,9 @@ compare: $(VENV)/installed
 	    run logit-normal --strategy logit-normal; \
 	done
 	@echo "Last value, and how many times sooner uniform's last value (the seeds' mean) was reached:"
-	@for run in $(RESULTS)/*; do \
+	@for folder in $(RESULTS)/*; do \
 	    for seed in $(SEEDS); do tail -n 1 $(RESULTS)/uniform-$$seed/metrics.csv; done | \
-	        awk -F , -v name=$${run##*/} "$$SPEED_UPS" - $$run/metrics.csv; \
+	        awk -F , -v name=$${folder##*/} "$$SPEED_UPS" - $$folder/metrics.csv; \
 	done
 
 # Reads the last rows of uniform's runs, then all of one run. Columns 7 to 9: val_mse, val_vlb, fid.
@@ -83,11 +83,12 @@ $$7 + 0 == 0 { next }  # the header, and rows without measurements
         goal = total[c] / seeds
         if ($$c <= goal && !reached[c]) {
             reached[c] = $$1
-            if (before) reached[c] -= ($$1 - before) * (goal - $$c) / (last[c] - $$c)  # in between
+            if (c in last)  # between the last measurement and this one
+                reached[c] -= ($$1 - before[c]) * (goal - $$c) / (last[c] - $$c)
         }
         last[c] = $$c
+        before[c] = $$1
     }
-    before = $$1
 }
 END {
     printf "%-28s", name

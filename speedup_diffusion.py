@@ -148,9 +148,8 @@ class GaussianDiffusion:
 
 # 2 Accelerations --------------------------------------------------------------------------------------------
 # A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with any
-# weight. Every sampler has `probs` [T], its present distribution (sum 1), and `sample(x0, step)`: int64 timesteps [B]
-# on x0's device, drawn from torch's global generator. All but the adaptive one cost nothing. To copy a piece you need
-# math, torch, nn, F and the pieces that the first line of its docstring names.
+# weight. Every sampler has `probs` [T], its present distribution, and `sample(x0, step)`: int64 timesteps [B] on x0's
+# device, from torch's global generator. A copy needs math, torch, nn, F and what its docstring's first line names.
 
 
 class UniformSampler:
@@ -252,7 +251,7 @@ def average_over_processes(tensor):
 def policy_network(in_channels):
     """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5, so Beta(0.97, 0.97).
 
-    Its layers are those of the authors' code. Images are resized to 8x8 first: cheap, and they may have any size.
+    The layers are as in the authors' code. Ours: images are resized to 8x8 first, which is cheap and takes any size.
     """
     layers = [nn.Upsample((8, 8), mode="bilinear")]
     for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
@@ -284,10 +283,10 @@ class AdaptiveSampler:
     L_t being reward_weights[t] times the epsilon-MSE at t. S is a set of `selected` timesteps that stand for all.
       1. Delta^t of ONE image of the batch at up to `probe` timesteps is appended to the last `queue` of these;
       2. Delta^t of EVERY image at the t in S makes its advantage A: standardised over the batch for each t,
-         summed over S, and standardised again;
+         summed over S, and standardised again (of several processes: over the images of each);
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
       4. S becomes the timesteps whose column of the queue best predicts the sum of Delta over all t (largest
-         r^2): one of each third of the probe, if S has three.
+         r^2): one of each third of the probe, if S has three. At first it is the middle one of each.
     Use: sample(x0, step); loss.backward(); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
@@ -345,8 +344,9 @@ class AdaptiveSampler:
     def load_state_dict(self, state):
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("queue", "selected", "probs"):
-            setattr(self, name, state[name].to(self.grid.device))
+        self.probs.copy_(state["probs"])  # RuntimeError: another T
+        self.queue = state["queue"].to(self.grid.device)
+        self.selected = state["selected"].to(self.grid.device)
 
     def distribution(self, x0):
         """P(t | x0) of each image of the batch."""
@@ -431,7 +431,7 @@ def change_aware_weights(alphas_cumprod, lam=0.6, tau=None):
 
         g = gradient of (1 - ab) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam    [T]
 
-    Source: Wang et al., arXiv:2405.17403. lam = 0.6 is the default of the authors' code. tau=None: the formula on
+    Source: Wang et al., arXiv:2405.17403. lam = 0.6 is that of the authors' runs. tau=None: the formula on
     all t, as third parties read it. With tau (`SpeeDSampler(...).tau`) the weight is 1 for t >= tau, more than the
     others have, as in the authors' code. alphas_cumprod: [T]. ValueError: lam outside [0.5, 1], or T < 3.
     """
@@ -803,7 +803,7 @@ class FrechetDistance:
     def __init__(self, features, device, images):
         self.name = f"FD ({Path(features).name})" if features else "FID"
         self.device = device
-        with explained(f"--fid-features {features} cannot be used; digits needs no file and no download"):
+        with explained(f"--fid-features {features or '(InceptionV3)'} cannot be used; digits needs no download"):
             if features == "digits":
                 self.features = digit_features()
             elif features:
@@ -927,7 +927,7 @@ class Training:
         return x0
 
     def train_step(self):
-        """One update, from the images of this step to the weight average. Waits for a GPU once an epoch."""
+        """One update, from this step's images to the weight average. Waits for a GPU once an epoch (fp16: always)."""
         args = self.args
         # A CPU generator keeps only 32 bits of a seed: a large odd factor keeps the ranks' seeds apart.
         seed = args.seed * 1_000_003 + RANK * 2_654_435_769 + 2 * self.step
@@ -1076,7 +1076,7 @@ def new_folder(path):
 
 def pick_device(name):
     """--device, or the best there is. UserError if this machine lacks it."""
-    with explained(f"--device {name} is not available here, use cpu, cuda, cuda:N or mps"):
+    with explained(f"--device {name or LOCAL_RANK} is not available here, use cpu, cuda, cuda:N or mps"):
         device = torch.device(name or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(LOCAL_RANK if device.index is None else device.index)
@@ -1286,9 +1286,9 @@ def main(argv=None):
             return generate(args, checkpoint)
         return train(args, checkpoint)
     except (UserError, OSError) as error:
-        if LOCAL_RANK == 0:  # most errors meet every process
-            print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
+        print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
         if WORLD_SIZE > 1:
+            sys.stdout.flush()
             os._exit(2)  # the interpreter's own end could wait for NCCL, which waits for the others
         return 2
     except KeyboardInterrupt:
