@@ -149,7 +149,7 @@ class GaussianDiffusion:
 # 2 Accelerations --------------------------------------------------------------------------------------------
 # A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with any
 # weight. Every sampler has `probs` [T], its present distribution, and `sample(x0, step)`: int64 timesteps [B] on x0's
-# device, from torch's global generator. A copy needs math, torch, nn, F and what its docstring's first line names.
+# device, from torch's global generator. Each piece needs math, torch, nn, F and what its docstring's first line names.
 
 
 class UniformSampler:
@@ -1013,7 +1013,7 @@ def catch_signals():
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # this alone: a terminal that closes hangs up twice
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not SIGHUP: a terminal that closes may send two
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows lacks SIGHUP
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
