@@ -62,45 +62,7 @@ compare: $(VENV)/installed
 	    run min-snr --weighting min-snr; \
 	    run logit-normal --strategy logit-normal; \
 	done
-	@echo "Last value, and how many times sooner uniform's last value (the seeds' mean) was reached:"
-	@for folder in $(RESULTS)/*; do \
-	    for seed in $(SEEDS); do tail -n 1 $(RESULTS)/uniform-$$seed/metrics.csv; done | \
-	        awk -F , -v name=$${folder##*/} "$$SPEED_UPS" - $$folder/metrics.csv; \
-	done
-
-# Reads the last rows of uniform's runs, then all of one run. Columns 7 to 9: val_mse, val_vlb, fid.
-define SPEED_UPS
-NR == FNR {
-    seeds = NR
-    steps = $$1
-    for (c = 7; c <= 9; c++) total[c] += $$c
-    next
-}
-$$7 + 0 == 0 { next }  # the header, and rows without measurements
-{
-    for (c = 7; c <= 9; c++) {
-        if ($$c == "") continue
-        goal = total[c] / seeds
-        if ($$c <= goal && !reached[c]) {
-            reached[c] = $$1
-            if (c in last)  # between the last measurement and this one
-                reached[c] -= ($$1 - before[c]) * (goal - $$c) / (last[c] - $$c)
-        }
-        last[c] = $$c
-        before[c] = $$1
-    }
-}
-END {
-    printf "%-28s", name
-    split("val_mse val_vlb FD", names, " ")
-    for (c = 7; c <= 9; c++) {
-        sooner = reached[c] ? sprintf("(%.2f)", steps / reached[c]) : "(never)"
-        if (c in last) printf "  %s %-7.4g %-7s", names[c - 6], last[c], sooner
-    }
-    print ""
-}
-endef
-export SPEED_UPS
+	$(RUN) speedup_diffusion.py --report $(RESULTS)/* --baseline $(RESULTS)/uniform-*
 
 CIFAR10 = --dataset cifar10 --image-size 16 --patch 2 --width 32 --mults 1 1 --num-blocks 1 --attention 4 --dropout 0 \
     --lr 2e-3 --ema-decay 0.999 --steps 5000 --eval-every 500 --fid-every 500 --fid-samples 2000 --sampling-steps 25

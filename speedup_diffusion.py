@@ -8,7 +8,7 @@
     python speedup_diffusion.py --generate 64 --checkpoint runs/cifar10-speed/checkpoint.pt
     torchrun --nproc_per_node=8 speedup_diffusion.py --dataset cifar10  # eight GPUs
 
-1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Command line
+1 Diffusion   2 Accelerations   3 U-Net   4 Data   5 Evaluation   6 Training   7 Report   8 Command line
 """
 
 import argparse
@@ -399,9 +399,13 @@ class AdaptiveSampler:
 
     def update_policy(self, deltas):
         """One REINFORCE step on the images drawn last; deltas [selected, B], larger is better."""
+
+        def standardize(x):  # over the images
+            return (x - x.mean(-1, keepdim=True)) / (x.std(-1, correction=0, keepdim=True) + 1e-12)
+
         x0, t = self._batch
         distribution = self.distribution(x0)
-        advantage = self.standardize(self.standardize(deltas).sum(0))
+        advantage = standardize(standardize(deltas).sum(0))
         loss = -(advantage * distribution.log_prob(t) + self.entropy * distribution.entropy()).mean()
         self.optimizer.zero_grad()
         loss.backward()
@@ -409,11 +413,6 @@ class AdaptiveSampler:
             average_over_processes(p.grad)
         nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
         self.optimizer.step()
-
-    @staticmethod
-    def standardize(x):
-        """x less its mean over the last dimension, divided by its standard deviation."""
-        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, correction=0, keepdim=True) + 1e-12)
 
     @staticmethod
     def most_predictive(deltas, widths, count):
@@ -486,12 +485,11 @@ def group_norm(channels):
     return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels)
 
 
-def zero_conv(c_in, c_out, kernel):
-    """A convolution that starts at zero, so that the block it ends begins as the identity."""
-    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return conv
+def zeroed(layer):
+    """The layer with all its weights at zero, so that the block it ends begins as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
 
 
 class SelfAttention(nn.Module):
@@ -501,7 +499,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_conv(channels, channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)
@@ -519,7 +517,7 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(emb, c_out)
         self.norm2 = group_norm(c_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_conv(c_out, c_out, 3)
+        self.conv2 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = SelfAttention(c_out) if attend else nn.Identity()
 
@@ -576,7 +574,7 @@ class UNet(nn.Module):
             if level:
                 self.up.append(nn.Conv2d(channels, channels, 3, padding=1))
         self.norm = group_norm(channels)
-        self.head = zero_conv(channels, in_channels * patch**2, 3)
+        self.head = zeroed(nn.Conv2d(channels, in_channels * patch**2, 3, padding=1))
 
     def forward(self, x, t):
         half = self.width // 2
@@ -601,17 +599,14 @@ class UNet(nn.Module):
 # Every data set ends as two uint8 tensors [N, C, size, size]: one to train on, one held out.
 
 
-def one_line(error):
-    return str(error).strip().partition("\n")[0].rstrip(":.") or type(error).__name__
-
-
 @contextlib.contextmanager
 def explained(problem):
     """Whatever the body raises, and libraries raise many kinds, becomes a UserError of one line."""
     try:
         yield
     except Exception as error:
-        raise UserError(f"{problem}: {one_line(error)}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{problem}: {lines[0].rstrip(':')}") from error
 
 
 def render_digits(count, size=16, seed=0):
@@ -635,24 +630,6 @@ def render_digits(count, size=16, seed=0):
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EPS, which runs code
 
 
-def find_images(folder):
-    """The image files in and below folder, sorted; not hidden ones, and not the samples of this script's runs."""
-    endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
-    paths = []
-    for here, below, names in os.walk(folder):
-        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
-        if {"config.json", "metrics.csv"} <= set(names):
-            below.clear()
-        else:
-            paths += [Path(here, name) for name in names if not name.startswith(".")]
-    images = sorted(path for path in paths if path.suffix.lower() in endings)
-    if not images:
-        raise UserError(f"--data-dir {folder}: no such folder, or no image ({', '.join(FORMATS)}) in it or below it")
-    if RANK == 0 and len(images) < len(paths):
-        print(f"{folder}: {len(paths) - len(images)} other files are not read")
-    return images
-
-
 def read_image(path, size):
     """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped. What is wrong with it: text."""
     try:
@@ -667,12 +644,27 @@ def read_image(path, size):
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     except Exception as error:  # Pillow raises many kinds
-        return f"{path} ({one_line(error)})"
+        return f"{path} ({error})"
 
 
 def read_folder(folder, size):
-    """uint8 [N, 3, size, size] of the image files in and below folder. UserError counts and names those that fail."""
-    paths = find_images(folder)
+    """uint8 [N, 3, size, size] of the image files in and below folder, sorted by name. UserError names bad ones.
+
+    Not read: hidden files, and the samples of this script's runs.
+    """
+    endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
+    found = []
+    for here, below, names in os.walk(folder):
+        below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
+        if {"config.json", "metrics.csv"} <= set(names):
+            below.clear()
+        else:
+            found += [Path(here, name) for name in names if not name.startswith(".")]
+    paths = sorted(path for path in found if path.suffix.lower() in endings)
+    if not paths:
+        raise UserError(f"--data-dir {folder}: no such folder, or no image ({', '.join(FORMATS)}) in it or below it")
+    if RANK == 0 and len(paths) < len(found):
+        print(f"{folder}: {len(found) - len(paths)} other files are not read")
     images = thread_map(read_image, paths, [size] * len(paths), desc="reading", leave=False, disable=None)
     failed = [image for image in images if isinstance(image, str)]
     if failed:
@@ -829,7 +821,7 @@ class FrechetDistance:
 
 # 6 Training -------------------------------------------------------------------------------------------------
 # The loop is flat: see what is due, save, measure, take a step. All randomness of a step follows from the seed and
-# the step, so a resumed run draws what the unbroken one would have drawn. args are the settings of section 7.
+# the step, so a resumed run draws what the unbroken one would have drawn. args are the settings of section 8.
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
 PROGRESS = ("step", "seconds", "rows", "losses")  # what a checkpoint holds of Training's own
@@ -998,15 +990,6 @@ def save_checkpoint(run, path):
         temporary.replace(path)
 
 
-def load_checkpoint(path):
-    """A checkpoint of this script, on the CPU, never unpickled as code. UserError: anything else."""
-    with explained(f"{path} is no checkpoint of this script, or cut off"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"args", "channels", "ema"} <= set(checkpoint):
-            raise ValueError("it lacks settings or weights")
-    return checkpoint
-
-
 def catch_signals():
     """A list to which every SIGINT, SIGTERM and SIGHUP is appended; a Ctrl-C after the first ends the process."""
     received = []
@@ -1021,56 +1004,14 @@ def catch_signals():
     return received
 
 
-def loop(run, folder, held_out, distance):
-    """Train to the end, or until a signal: returns its number, or 0. Rank 0 alone measures, writes and prints.
-
-    The checkpoint is written before its step is measured, as that may take long: a resumed run measures it again.
-    """
-    args = run.args
-
-    def due(every):  # at its multiples and at the last step
-        return run.step > 0 and (run.step % every == 0 or run.step == args.steps)
-
-    received = catch_signals()
-    bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
-    clock = time.perf_counter()
-    while True:
-        compares = args.fid_samples and due(args.fid_every)
-        evaluates = compares or due(args.eval_every)
-        logs = evaluates or due(LOG_EVERY)
-        stop = received[0] if received else 0
-        if WORLD_SIZE > 1:  # asking the others takes time: all stop together where a row is due
-            agreed = torch.tensor(stop if logs else 0)
-            if logs:
-                distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
-            stop = agreed.item()
-        if logs or stop:
-            if run.bad_in_a_row >= 10:  # waits for the device
-                raise UserError(f"step {run.step}: ten losses or gradients in a row were not finite, lower --lr")
-            run.seconds += time.perf_counter() - clock
-            if RANK == 0 and (evaluates or stop):
-                save_checkpoint(run, folder / "checkpoint.pt")
-            if stop:
-                return stop
-            if RANK == 0:
-                run.log(folder, held_out if evaluates else None, distance if compares else None)
-            run.losses.clear()
-            clock = time.perf_counter()
-        if run.step == args.steps:
-            return 0
-        run.train_step()
-        bar.update()
-
-
 def new_folder(path):
-    """Make path or, where it exists, path-2, path-3 and so on. UserError: it cannot be made."""
+    """Make path or, where it exists, path-2, path-3 and so on. OSError: it cannot be made."""
     folder = Path(path)
     number = 1
-    while os.path.exists(folder):
+    while folder.exists():
         number += 1
         folder = Path(f"{path}-{number}")
-    with explained(f"--out {folder}"):
-        os.makedirs(folder)
+    folder.mkdir(parents=True)
     return folder
 
 
@@ -1084,26 +1025,6 @@ def pick_device(name):
     return device
 
 
-def prepare(args, device):
-    """(training images, held-out ones, the FrechetDistance or None). Prints the distance's scale."""
-    # Of each machine's processes one reads the data first, as it may download them, then the others.
-    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
-        distributed.barrier()
-    images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
-    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
-        distributed.barrier()
-    if args.batch_size > len(images) or args.batch_size % WORLD_SIZE:
-        raise UserError(f"--batch-size must be at most the {len(images)} images and divide by {WORLD_SIZE} processes")
-    if RANK > 0 or not args.fid_samples:
-        return images, held_out, None
-    distance = FrechetDistance(args.fid_features, device, images)
-    real = held_out[: args.fid_samples]
-    if len(real) > 1:
-        noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
-        print(f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, of noise {distance(noise):.4g}")
-    return images, held_out, distance
-
-
 def train(args, checkpoint):
     """Train as args say, from the start or on from a checkpoint. The exit status: 0, or 128 + a signal."""
     device = pick_device(args.device)
@@ -1113,19 +1034,63 @@ def train(args, checkpoint):
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         distributed.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 measures
-    images, held_out, distance = prepare(args, device)
+    # Of each machine's processes one reads the data first, as it may download them, then the others.
+    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
+        distributed.barrier()
+    images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
+        distributed.barrier()
+    if args.batch_size > len(images) or args.batch_size % WORLD_SIZE:
+        raise UserError(f"--batch-size must be at most the {len(images)} images and divide by {WORLD_SIZE} processes")
+    distance = None
+    if RANK == 0 and args.fid_samples > 1:
+        distance = FrechetDistance(args.fid_features, device, images)
+        real = held_out[: args.fid_samples]
+        if len(real) > 1:
+            noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
+            print(f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, noise {distance(noise):.4g}")
     run = Training(args, images, device)
     if checkpoint:
         with explained(f"--resume {args.resume}: its checkpoint does not fit these settings"):
             run.load_state_dict(checkpoint)
-    folder = None
-    if RANK == 0:
+    if RANK == 0:  # it alone measures, writes and prints
         folder = Path(args.resume or new_folder(args.out or f"runs/{args.dataset}-{args.strategy}"))
         config = vars(args) | {"device": str(device), "torch": torch.__version__}
         config |= {"data": f"{len(images)} images {list(images.shape[1:])}", "distance": distance and distance.name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         print(f"{folder}: {config['data']}, {len(held_out)} more held out, on {WORLD_SIZE} x {device}")
-    stop = loop(run, folder, held_out.to(device), distance)
+
+    def due(every):  # at its multiples and at the last step
+        return run.step > 0 and (run.step % every == 0 or run.step == args.steps)
+
+    received = catch_signals()
+    bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
+    clock = time.perf_counter()
+    while True:
+        compares = args.fid_samples > 1 and due(args.fid_every)
+        evaluates = compares or due(args.eval_every)
+        logs = evaluates or due(LOG_EVERY)
+        stop = received[0] if received else 0
+        if WORLD_SIZE > 1:  # asking the others takes time: all stop together where a row is due
+            agreed = torch.tensor(stop if logs else 0)
+            if logs:
+                distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+            stop = agreed.item()
+        if logs or stop:
+            if run.bad_in_a_row >= 10:  # waits for the device
+                raise UserError(f"step {run.step}: ten losses or gradients in a row were not finite, lower --lr")
+            run.seconds += time.perf_counter() - clock
+            if RANK == 0 and (evaluates or stop):  # before measuring, which may take long: a resumed run does it again
+                save_checkpoint(run, folder / "checkpoint.pt")
+            if RANK == 0 and not stop:
+                run.log(folder, held_out.to(device) if evaluates else None, distance if compares else None)
+            run.losses.clear()
+            clock = time.perf_counter()
+        if stop or run.step == args.steps:
+            break
+        run.train_step()
+        bar.update()
+
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
     if RANK == 0 and stop:
@@ -1154,7 +1119,38 @@ def generate(args, checkpoint):
     return 0
 
 
-# 7 Command line ---------------------------------------------------------------------------------------------
+# 7 Report ---------------------------------------------------------------------------------------------------
+# A speed-up: the baseline's steps divided by the step at which a run is, for the first time, where the baseline ends.
+
+
+def read_curve(run, column):
+    """(steps, values), float [N] each: what a run, a folder, measured of a column of its metrics.csv, and when."""
+    with open(Path(run, "metrics.csv"), newline="") as file:
+        points = [(row["step"], row[column]) for row in csv.DictReader(file) if row[column]]
+    return np.array(points, float).reshape(-1, 2).T
+
+
+def report(runs, baselines):
+    """Print the last values of runs, and their speed-ups over the mean of the baselines; nan: never there."""
+    configs = [json.loads(Path(run, "config.json").read_text()) for run in runs + baselines]
+    for key in ("data", "schedule", "timesteps", "distance", "fid_samples", "method", "sampling_steps"):
+        if any(config[key] != configs[0][key] for config in configs):
+            raise ValueError(f"runs that differ in {key} do not compare")
+    for column in ("val_mse", "val_vlb", "fid"):
+        if not all(read_curve(run, column).size for run in runs + baselines):
+            continue  # one of them did not measure it
+        steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baselines], 0)
+        print(f"{column} at the end, and how many times sooner than in {steps:g} steps it was {goal:.4g} (nan: never):")
+        for run in runs:
+            x, y = read_curve(run, column)
+            first = (y <= goal).argmax()
+            segment = slice(max(0, first - 1), first + 1)  # the line to that point from the one before
+            speed_up = steps / np.interp(-goal, -y[segment], x[segment], right=math.nan)
+            print(f"{y[-1]:10.4g} {speed_up:6.2f} x  {run}")
+    return 0
+
+
+# 8 Command line ---------------------------------------------------------------------------------------------
 
 # What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes.
 # cifar10, and folder: as the adaptive sampler's authors have it, but for their quad schedule.
@@ -1230,14 +1226,16 @@ def make_parser():
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="takes minutes, for long runs on a GPU")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
-    add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, or T if that is less")
-    add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
+    add("--sampling-steps", type=COUNT, help="timesteps ddim visits, at most T; None: 50")
+    add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; below 2: it is not measured")
     add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
     add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
+    add("--report", nargs="+", metavar="RUN", help="print how much sooner these runs, folders, are where others end")
+    add("--baseline", nargs="+", metavar="RUN", help="the others, one or, with other seeds, more")
     return parser
 
 
@@ -1247,26 +1245,25 @@ def parse_args(argv=None):
     first, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[first.dataset])
     checkpoint = None
-    if (first.generate is None) != (first.checkpoint is None):
-        raise UserError("--generate N and --checkpoint FILE go together")
+    for one, other in (("generate", "checkpoint"), ("report", "baseline")):
+        if (getattr(first, one) is None) != (getattr(first, other) is None):
+            raise UserError(f"--{one} and --{other} go together")
     if first.resume or first.generate:
-        checkpoint = load_checkpoint(first.checkpoint or f"{first.resume}/checkpoint.pt")
-        parser.set_defaults(**checkpoint["args"] | {"out": None, "resume": None})
+        path = first.checkpoint or f"{first.resume}/checkpoint.pt"
+        with explained(f"{path} is no checkpoint of this script, or cut off"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # it cannot run code
+            parser.set_defaults(**checkpoint["args"] | {"out": None, "resume": None})
     parser.add_argument("-h", "--help", action="help", help="show the defaults of a --dataset and exit")
     args = parser.parse_args(argv)
     args.warmup = args.warmup or max(1, args.steps // 20)
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.fid_every = args.fid_every or args.steps
-    args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
+    args.sampling_steps = min(args.sampling_steps or 50, args.timesteps)
     args.adaptive_entropy = args.adaptive_entropy or {"bound": 0.05, "loss": 0.1}[args.adaptive_reward]
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} must be a new folder, and has no place beside --resume")
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
-    if args.sampling_steps > args.timesteps:
-        raise UserError(f"--sampling-steps {args.sampling_steps} must lie in 1..{args.timesteps}")
-    if args.fid_samples == 1:
-        raise UserError("--fid-samples 1: a distance needs at least 2 samples")
     if args.resume and checkpoint["step"] > args.steps:
         raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
     with explained("these settings do not fit together"):  # what a class itself refuses
@@ -1284,6 +1281,9 @@ def main(argv=None):
         args, checkpoint = parse_args(argv)
         if args.generate:
             return generate(args, checkpoint)
+        if args.report:
+            with explained("--report"):
+                return report(args.report, args.baseline)
         return train(args, checkpoint)
     except (UserError, OSError) as error:
         print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
