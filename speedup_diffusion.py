@@ -486,7 +486,7 @@ def group_norm(channels):
 
 
 def zeroed(layer):
-    """The layer with all its weights at zero, so that the block it ends begins as the identity."""
+    """The layer with weights and biases of zero, so that what it ends adds nothing at first."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -631,7 +631,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # not EP
 
 
 def read_image(path, size):
-    """An image file as uint8 [3, size, size]: upright, alpha on white, centre-cropped. What is wrong with it: text."""
+    """An image file as uint8 [3, size, size], upright, on white, centre-cropped; or a str, what is wrong with it."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would clip these
@@ -648,16 +648,13 @@ def read_image(path, size):
 
 
 def read_folder(folder, size):
-    """uint8 [N, 3, size, size] of the image files in and below folder, sorted by name. UserError names bad ones.
-
-    Not read: hidden files, and the samples of this script's runs.
-    """
+    """uint8 [N, 3, size, size] of the image files in and below folder. UserError counts and names those that fail."""
     endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
     found = []
     for here, below, names in os.walk(folder):
         below[:] = [name for name in below if not name.startswith((".", "__MACOSX"))]
         if {"config.json", "metrics.csv"} <= set(names):
-            below.clear()
+            below.clear()  # a run of this script: its samples are no data
         else:
             found += [Path(here, name) for name in names if not name.startswith(".")]
     paths = sorted(path for path in found if path.suffix.lower() in endings)
@@ -675,7 +672,7 @@ def read_folder(folder, size):
 def load_dataset(name, data_dir, size):
     """(train, held_out), both uint8 [N, C, size, size], on the CPU.
 
-    Held out: the test split where there is one, else 5% (1 to 2,500), the same ones each time, all over the folder.
+    Held out: the test split where there is one, else 5% (1 to 2,500), the same ones each time, from everywhere in it.
     """
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
@@ -991,7 +988,7 @@ def save_checkpoint(run, path):
 
 
 def catch_signals():
-    """A list to which every SIGINT, SIGTERM and SIGHUP is appended; a Ctrl-C after the first ends the process."""
+    """A list to which SIGINT, SIGTERM and SIGHUP are appended; a Ctrl-C after the first of them ends the process."""
     received = []
 
     def receive(number, frame):
@@ -1056,7 +1053,8 @@ def train(args, checkpoint):
     if RANK == 0:  # it alone measures, writes and prints
         folder = Path(args.resume or new_folder(args.out or f"runs/{args.dataset}-{args.strategy}"))
         config = vars(args) | {"device": str(device), "torch": torch.__version__}
-        config |= {"data": f"{len(images)} images {list(images.shape[1:])}", "distance": distance and distance.name}
+        config["data"] = f"{args.dataset}, {len(images)} images {list(images.shape[1:])}"
+        config["distance"] = distance and distance.name
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         print(f"{folder}: {config['data']}, {len(held_out)} more held out, on {WORLD_SIZE} x {device}")
 
@@ -1080,7 +1078,7 @@ def train(args, checkpoint):
             if run.bad_in_a_row >= 10:  # waits for the device
                 raise UserError(f"step {run.step}: ten losses or gradients in a row were not finite, lower --lr")
             run.seconds += time.perf_counter() - clock
-            if RANK == 0 and (evaluates or stop):  # before measuring, which may take long: a resumed run does it again
+            if RANK == 0 and (evaluates or stop):  # before measuring, which may take long; a resumed run measures again
                 save_checkpoint(run, folder / "checkpoint.pt")
             if RANK == 0 and not stop:
                 run.log(folder, held_out.to(device) if evaluates else None, distance if compares else None)
@@ -1091,10 +1089,12 @@ def train(args, checkpoint):
         run.train_step()
         bar.update()
 
+    bar.close()
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
     if RANK == 0 and stop:
-        print(f"stopped at step {run.step}: go on with --resume {folder}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"stopped at step {run.step}: go on with --resume {folder}", file=sys.stderr)
     elif RANK == 0:
         print(f"{run.seconds:.0f} s of training; samples and all else in {folder}")
     return 128 + stop if stop else 0
@@ -1120,7 +1120,7 @@ def generate(args, checkpoint):
 
 
 # 7 Report ---------------------------------------------------------------------------------------------------
-# A speed-up: the baseline's steps divided by the step at which a run is, for the first time, where the baseline ends.
+# Speed-up: the baseline's steps divided by the step at which a run first reaches the value at which the baseline ends.
 
 
 def read_curve(run, column):
@@ -1131,22 +1131,22 @@ def read_curve(run, column):
 
 
 def report(runs, baselines):
-    """Print the last values of runs, and their speed-ups over the mean of the baselines; nan: never there."""
+    """Print the last values of runs, and their speed-ups over the baselines' mean. ValueError: they do not compare."""
     configs = [json.loads(Path(run, "config.json").read_text()) for run in runs + baselines]
-    for key in ("data", "schedule", "timesteps", "distance", "fid_samples", "method", "sampling_steps"):
+    for key in ("data", "batch_size", "schedule", "timesteps", "distance", "fid_samples", "method", "sampling_steps"):
         if any(config[key] != configs[0][key] for config in configs):
             raise ValueError(f"runs that differ in {key} do not compare")
     for column in ("val_mse", "val_vlb", "fid"):
         if not all(read_curve(run, column).size for run in runs + baselines):
             continue  # one of them did not measure it
         steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baselines], 0)
-        print(f"{column} at the end, and how many times sooner than in {steps:g} steps it was {goal:.4g} (nan: never):")
+        print(f"{column}: last value, speed-up to {goal:.4g}, the baselines' mean after {steps:g} steps (nan: never)")
         for run in runs:
             x, y = read_curve(run, column)
             first = (y <= goal).argmax()
-            segment = slice(max(0, first - 1), first + 1)  # the line to that point from the one before
-            speed_up = steps / np.interp(-goal, -y[segment], x[segment], right=math.nan)
-            print(f"{y[-1]:10.4g} {speed_up:6.2f} x  {run}")
+            line = slice(max(0, first - 1), first + 1)  # from the point before; np.interp wants it to rise
+            step = np.interp(-goal, -y[line], x[line], right=math.nan)
+            print(f"{y[-1]:10.4g} {steps / step:6.2f} x  {run}")
     return 0
 
 
@@ -1242,7 +1242,7 @@ def make_parser():
 def parse_args(argv=None):
     """(settings with all defaults filled in, the checkpoint they start from or None). UserError: a clash."""
     parser = make_parser()
-    first, _ = parser.parse_known_args(argv)
+    first, _ = parser.parse_known_args(argv)  # the data set and the checkpoint decide the defaults
     parser.set_defaults(**PRESETS[first.dataset])
     checkpoint = None
     for one, other in (("generate", "checkpoint"), ("report", "baseline")):
