@@ -1234,8 +1234,8 @@ def make_parser():
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
-    add("--report", nargs="+", metavar="RUN", help="print how much sooner these runs, folders, are where others end")
-    add("--baseline", nargs="+", metavar="RUN", help="the others, one or, with other seeds, more")
+    add("--report", nargs="+", metavar="RUN", help="print how much sooner these folders are where the baseline ends")
+    add("--baseline", nargs="+", metavar="RUN", help="the run to compare with, or several, averaged")
     return parser
 
 
