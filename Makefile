@@ -65,7 +65,7 @@ compare: $(VENV)/installed
 	$(RUN) speedup_diffusion.py --report $(RESULTS)/* --baseline $(RESULTS)/uniform-*
 
 CIFAR10 = --dataset cifar10 --image-size 16 --patch 2 --width 32 --mults 1 1 --num-blocks 1 --attention 4 --dropout 0 \
-    --lr 2e-3 --ema-decay 0.999 --steps 5000 --eval-every 500 --fid-every 500 --fid-samples 2000 --sampling-steps 25
+    --lr 2e-3 --ema-decay 0.999 --steps 5000 --eval-every 500 --fid-every 500 --fid-samples 5000 --sampling-steps 25
 
 compare-cifar10:  # the same on CIFAR-10, downloaded, at 16x16: slow on a CPU
 	$(MAKE) compare RESULTS=runs/cifar10 FLAGS="$(CIFAR10) $(FLAGS)"

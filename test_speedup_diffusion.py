@@ -140,7 +140,7 @@ def test_sampling_with_the_optimal_epsilon_returns_the_gaussian(schedule, method
 def test_samplers_draw_as_their_probs_say_and_weights_average_one_under_them():
     ab = sd.GaussianDiffusion("linear", 20).alphas_cumprod
     adaptive = sd.AdaptiveSampler(ab, 1)
-    adaptive.policy = lambda images: torch.tensor([[-20.0, -20.0], [30.0, 30.0], [0.0, 2.0]]).repeat(20, 1)
+    adaptive.policy = lambda images: torch.tensor([[-20.0, -9.0], [30.0, 2.0]]).repeat(30, 1)
     samplers = [sd.UniformSampler(20), sd.LogitNormalSampler(20), sd.CurriculumSampler(20, 9)]
     samplers += [sd.SpeeDSampler(ab), sd.SpeeDSampler(ab, mirror=9), adaptive]
     for sampler in samplers:
@@ -340,7 +340,7 @@ def solid(mode, colour, **options):
     [
         ("alpha é 画像.PNG", solid("RGBA", (200, 0, 0, 51)), [244, 204, 204]),  # 20% red on white
         ("broken exif.jpg", solid("L", 9, exif=b"Exif\x00\x00MM\x00\x2a\x00\x00\xff\xff"), [9, 9, 9]),
-        ("photo.jfif", solid("L", 9, format="JPEG"), [9, 9, 9]),
+        ("photo.jfif", solid("L", 9), [9, 9, 9]),
         ("photo.avif", solid("L", 0), [0, 0, 0]),
         ("16 bits.png", solid("I;16", 100), "more than 8 bits a channel, convert it to 8 bits"),
         ("postscript.png", solid("L", 1, format="EPS"), "cannot identify"),  # it could run code
@@ -437,8 +437,6 @@ def assert_same_run(one, two):
     """The same but for settings and seconds, bit for bit."""
     assert_identical(*[checkpoint(run) | {"args": 0, "seconds": 0, "rows": 0} for run in (one, two)])
     assert metrics(one) == metrics(two)
-    for picture in Path(one).glob("*.png"):
-        assert picture.read_bytes() == Path(two, picture.name).read_bytes()
 
 
 def test_a_run_learns_says_what_it_measures_and_leaves_its_results(here, capsys):
@@ -642,6 +640,7 @@ def test_two_ranks_stay_the_same_with_the_gradient_of_one_process(two_ranks, str
     run.load_state_dict(before)
     x0, t, noise = (torch.cat(parts) for parts in zip(half, other_half))
     assert torch.equal(x0, run.batch())
+    assert len(noise.unique(dim=0)) == 16  # each has noise of its own
     run.sampler.sample(x0, run.step)  # moves what moves
     weights = sd.normalize_weights(run.raw_weights, run.sampler.probs)[t]
     error = run.model(run.diffusion.q_sample(x0, t, noise), t) - noise
@@ -661,17 +660,17 @@ def test_two_ranks_resume_as_two_and_as_one(two_ranks, monkeypatch):
 
 
 def test_the_report_tells_how_much_sooner_a_run_is_where_the_baselines_end_on_average(here, capsys, places):
-    curves = {"one": (9, 7, 5), "two": (9, 4, 6), "fast": (9, 6.5, 4.5), "soon": (5, 6, 7), "late": (9, 6, 5.6)}
+    curves = {"one": (9, 7, 5), "two": (9, 4, 6), "fast": (9, 4, 9), "soon": (5, 6), "late": (9, 6, 5.6)}
     for run, values in curves.items():
         shutil.copytree(places / "made", run)
-        table = np.c_[(100, 200, 300), values]
-        np.savetxt(f"{run}/metrics.csv", table, "%g,%g,,", header="step,val_vlb,val_mse,fid", comments="")
+        table = np.c_[(100, 200, 300)[: len(values)], values, values]
+        np.savetxt(f"{run}/metrics.csv", table, "%g,%g,%g,", header="step,val_mse,val_vlb,fid", comments="")
     assert main("--report fast soon late --baseline one two") == 0
-    found = re.findall(r"(\S+) x +(\S+)", capsys.readouterr().out)
-    assert found == [("1.20", "fast"), ("3.00", "soon"), ("nan", "late")]
-    Path("one/config.json").write_text('{"data": "other"}')
-    assert main("--report fast --baseline one") == 2
-    assert "data" in capsys.readouterr().err
+    found = re.findall(r"(\S+) +(\S+) x ", capsys.readouterr().out)
+    assert found == 2 * [("9", "1.76"), ("6", "3.00"), ("5.6", "nan")]  # the last value, the speed-up
+    config = Path("two/config.json")
+    config.write_text(config.read_text().replace("linear", "quad"))
+    assert main("--report fast --baseline one two") == 2
 
 
 # 8 Command line
