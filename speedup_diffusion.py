@@ -21,6 +21,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -45,11 +46,10 @@ class UserError(Exception):
 
 
 # 1 Diffusion ------------------------------------------------------------------------------------------------
-# Diffusion mixes noise into an image x0: little at t = 0, until at t = T - 1 nearly nothing else is left. A network
-# sees the noisy x_t and t and predicts epsilon (eps), the noise in it; its loss is the mean square error (MSE) of
-# that. Sampling starts from pure noise and steps back to t = 0. "The bound" is the variational bound on the negative
-# log-likelihood (VLB): these MSEs summed over t, each times vlb_coefficients[t]. ab is short for alphas_cumprod.
-# Images are float [B, C, H, W] in [-1, 1]; t is int64 [B].
+# Diffusion mixes an image x0 with noise to x_t: with little at t = 0, nearly nothing else at t = T - 1. A network
+# predicts epsilon (eps), this noise, from x_t and t; its loss is the mean square error (MSE). Sampling goes back from
+# pure noise to t = 0. "The bound" is the variational bound on the negative log-likelihood (VLB): the sum of the MSEs at
+# all t, times vlb_coefficients[t]. ab: alphas_cumprod. Images are float [B, C, H, W] in [-1, 1]; t is int64 [B].
 
 
 class GaussianDiffusion:
@@ -57,11 +57,10 @@ class GaussianDiffusion:
 
     schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear
     in sqrt(beta)), both multiplied by 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
-    arXiv:2102.09672). No beta exceeds 0.999. ValueError: an unknown schedule.
-    betas, alphas_cumprod: float32 [T], on device.
-    vlb_coefficients: float32 [T], c_t = beta_t / (2 alpha_t (1 - ab_t) ln 2). For epsilon prediction with the fixed
-    variance beta_t, c_t times the epsilon-MSE (mean over dimensions) is the part of the bound's KL term at t that
-    depends on the model, in bits per dimension; also at t = 0, where DDPM has a discrete likelihood.
+    arXiv:2102.09672). No beta exceeds 0.999. ValueError: another schedule.
+    betas, alphas_cumprod, vlb_coefficients: float32 [T], on device. The last are beta_t / (2 alpha_t (1 - ab_t) ln 2):
+    for epsilon prediction with the fixed variance beta_t, this times the epsilon-MSE (mean over dimensions) is the part
+    of the bound's KL term at t that depends on the model, in bits per dimension; also at t = 0, discrete in DDPM.
     """
 
     def __init__(self, schedule="linear", timesteps=1000, device="cpu"):
@@ -465,9 +464,8 @@ def momentum_decay(progress, beta1=0.9):
 
     Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1) stays
     constant, so that updates are not amplified. Write both into Adam's param_groups at every step.
-    Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand:
-    the compensation and b = 0.9. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952).
-    progress: in [0, 1]. ValueError: beta1 outside [0, 1).
+    Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the
+    compensation and b. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952). ValueError: beta1 outside [0, 1).
     """
     if not 0 <= beta1 < 1:
         raise ValueError(f"beta1 must lie in [0, 1), got {beta1}")
@@ -670,10 +668,8 @@ def read_folder(folder, size):
 
 
 def load_dataset(name, data_dir, size):
-    """(train, held_out), both uint8 [N, C, size, size], on the CPU.
-
-    Held out: the test split where there is one, else 5% (1 to 2,500), the same ones each time, from everywhere in it.
-    """
+    """(train, held_out), both uint8 [N, C, size, size], on the CPU. Held out is the test split or, where there is none,
+    5% (1 to 2,500), the same ones each time, from everywhere in it."""
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
         held_out = min(max(1, len(images) // 20), 2500)
@@ -849,10 +845,11 @@ def build_sampler(args, ab, channels):
         return LogitNormalSampler(len(ab))
     if args.strategy == "curriculum":
         return CurriculumSampler(len(ab), args.steps, args.curriculum_mu, args.curriculum_sigma)
-    if args.strategy == "adaptive" and args.adaptive_reward == "loss":
-        return AdaptiveSampler(ab, channels, build_weights(args, ab), entropy=args.adaptive_entropy, margin=0.1)
     if args.strategy == "adaptive":
-        return AdaptiveSampler(ab, channels, entropy=args.adaptive_entropy)
+        options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy}
+        if args.adaptive_reward == "loss":
+            options |= {"reward_weights": build_weights(args, ab), "margin": 0.1}
+        return AdaptiveSampler(ab, channels, **options)
     return UniformSampler(len(ab))
 
 
@@ -979,14 +976,6 @@ class Training:
             writer.writerows(self.rows)
 
 
-def save_checkpoint(run, path):
-    """Write and then rename, so that path holds the old checkpoint or the new one, never a half. UserError."""
-    temporary = path.with_name("new-" + path.name)
-    with explained(f"{path} could not be written, an older one, if any, is whole"):
-        torch.save(run.state_dict(), temporary)
-        temporary.replace(path)
-
-
 def catch_signals():
     """A list to which SIGINT, SIGTERM and SIGHUP are appended; a Ctrl-C after the first of them ends the process."""
     received = []
@@ -1039,17 +1028,17 @@ def train(args, checkpoint):
         distributed.barrier()
     if args.batch_size > len(images) or args.batch_size % WORLD_SIZE:
         raise UserError(f"--batch-size must be at most the {len(images)} images and divide by {WORLD_SIZE} processes")
+    with explained("the model does not fit the checkpoint, or the memory"):
+        run = Training(args, images, device)
+        if checkpoint:
+            run.load_state_dict(checkpoint)
     distance = None
-    if RANK == 0 and args.fid_samples > 1:
+    if RANK == 0 and args.fid_samples:
         distance = FrechetDistance(args.fid_features, device, images)
         real = held_out[: args.fid_samples]
         if len(real) > 1:
             noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
             print(f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, noise {distance(noise):.4g}")
-    run = Training(args, images, device)
-    if checkpoint:
-        with explained(f"--resume {args.resume}: its checkpoint does not fit these settings"):
-            run.load_state_dict(checkpoint)
     if RANK == 0:  # it alone measures, writes and prints
         folder = Path(args.resume or new_folder(args.out or f"runs/{args.dataset}-{args.strategy}"))
         config = vars(args) | {"device": str(device), "torch": torch.__version__}
@@ -1065,9 +1054,10 @@ def train(args, checkpoint):
     bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
     clock = time.perf_counter()
     while True:
-        compares = args.fid_samples > 1 and due(args.fid_every)
+        compares = args.fid_samples and due(args.fid_every)
         evaluates = compares or due(args.eval_every)
-        logs = evaluates or due(LOG_EVERY)
+        saves = evaluates or due(args.checkpoint_every or args.steps)
+        logs = saves or due(LOG_EVERY)
         stop = received[0] if received else 0
         if WORLD_SIZE > 1:  # asking the others takes time: all stop together where a row is due
             agreed = torch.tensor(stop if logs else 0)
@@ -1078,8 +1068,10 @@ def train(args, checkpoint):
             if run.bad_in_a_row >= 10:  # waits for the device
                 raise UserError(f"step {run.step}: ten losses or gradients in a row were not finite, lower --lr")
             run.seconds += time.perf_counter() - clock
-            if RANK == 0 and (evaluates or stop):  # before measuring, which may take long; a resumed run measures again
-                save_checkpoint(run, folder / "checkpoint.pt")
+            if RANK == 0 and (saves or stop):  # before measuring, which may take long; a resumed run measures again
+                with explained(f"{folder}/checkpoint.pt could not be written, an older one, if any, is whole"):
+                    torch.save(run.state_dict(), folder / "new-checkpoint.pt")
+                    os.replace(folder / "new-checkpoint.pt", folder / "checkpoint.pt")  # never a half
             if RANK == 0 and not stop:
                 run.log(folder, held_out.to(device) if evaluates else None, distance if compares else None)
             run.losses.clear()
@@ -1102,8 +1094,6 @@ def train(args, checkpoint):
 
 def generate(args, checkpoint):
     """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
-    from torchvision.utils import save_image
-
     device = pick_device(args.device)
     with explained(f"{args.checkpoint} does not fit these settings"):
         model = build_unet(args, checkpoint["channels"])
@@ -1113,7 +1103,7 @@ def generate(args, checkpoint):
     folder = new_folder(args.out or Path(args.checkpoint).parent / "generated")
     images = draw_samples(model, diffusion, args, checkpoint["channels"], args.generate, args.seed)
     for i, image in enumerate(images):
-        save_image(image / 255, folder / f"{i:06d}.png")
+        Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:06d}.png")
     save_grid(images, folder / "grid.png")
     print(f"{len(images)} images and grid.png in {folder}")
     return 0
@@ -1136,22 +1126,28 @@ def report(runs, baselines):
     for key in ("data", "batch_size", "schedule", "timesteps", "distance", "fid_samples", "method", "sampling_steps"):
         if any(config[key] != configs[0][key] for config in configs):
             raise ValueError(f"runs that differ in {key} do not compare")
+    settings = {}  # runs that differ in their seed alone are one
+    for run, config in zip(runs, configs):
+        settings.setdefault(str(config | {"seed": 0, "out": 0, "resume": 0}), []).append(run)
     for column in ("val_mse", "val_vlb", "fid"):
         if not all(read_curve(run, column).size for run in runs + baselines):
             continue  # one of them did not measure it
         steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baselines], 0)
         print(f"{column}: last value, speed-up to {goal:.4g}, the baselines' mean after {steps:g} steps (nan: never)")
-        for run in runs:
-            x, y = read_curve(run, column)
-            first = (y <= goal).argmax()
-            line = slice(max(0, first - 1), first + 1)  # from the point before; np.interp wants it to rise
-            step = np.interp(-goal, -y[line], x[line], right=math.nan)
-            print(f"{y[-1]:10.4g} {steps / step:6.2f} x  {run}")
+        for group in settings.values():
+            found = []
+            for run in group:
+                x, y = read_curve(run, column)
+                first = (y <= goal).argmax()
+                line = slice(max(0, first - 1), first + 1)  # from the point before; np.interp wants it to rise
+                step = np.interp(-goal, -y[line], x[line], right=math.nan)
+                found.append((y[-1], steps / step))
+            last, sooner = [f"{np.mean(v):.3g} ({np.min(v):.3g}..{np.max(v):.3g})" for v in zip(*found)]
+            print(f"  {last:24} {sooner:20} {' '.join(group)}")
     return 0
 
 
 # 8 Command line ---------------------------------------------------------------------------------------------
-
 # What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes.
 # cifar10, and folder: as the adaptive sampler's authors have it, but for their quad schedule.
 DIGITS = {"image_size": 16, "patch": 2, "width": 48, "mults": [1, 1], "num_blocks": 1, "steps": 1600, "lr": 2e-3}
@@ -1181,15 +1177,11 @@ POSITIVE = within(float, 1e-12, 1e12)
 SHARE = within(float, 0, 1)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 def make_parser():
     """All flags but --help. What a data set decides gets its default from PRESETS."""
-    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "description": __doc__.split("\n")[0]}
-    parser = Parser(allow_abbrev=False, add_help=False, **options)
+    options = {"usage": argparse.SUPPRESS, "allow_abbrev": False, "add_help": False}  # so that an error is one line
+    options |= {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "description": __doc__.split("\n")[0]}
+    parser = argparse.ArgumentParser("speedup_diffusion.py", **options)
     add = parser.add_argument
     add("--strategy", choices=STRATEGIES, default="uniform", help="how timesteps are drawn")
     weightings = ("auto", "none", "change-aware", "min-snr")
@@ -1202,14 +1194,16 @@ def make_parser():
     add("--curriculum-mu", type=SHARE, default=0.3, help="centre of the Gaussian, in units of T")
     add("--curriculum-sigma", type=POSITIVE, default=0.5, help="its width, in units of T")
     add("--adaptive-reward", choices=("bound", "loss"), default="bound", help="what the policy learns to lower")
+    add("--adaptive-every", type=COUNT, default=10, help="steps from one update of the policy to the next")
+    add("--adaptive-lr", type=POSITIVE, default=1e-3, help="learning rate of the policy")
     add("--adaptive-entropy", type=POSITIVE, help="weight of the policy's entropy; None: 0.05, for the loss 0.1")
     add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
-    add("--image-size", type=COUNT, help="side of the square images")
+    add("--image-size", type=within(int, 1, 1024), help="side of the square images")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror training images half of the time")
     add("--schedule", choices=("linear", "cosine", "quad"), default="linear", help="how fast the noise grows")
-    add("--timesteps", type=COUNT, default=1000, help="T")
-    add("--width", type=COUNT, help="channels of the first level")
+    add("--timesteps", type=within(int, 1, 100_000), default=1000, help="T")
+    add("--width", type=within(int, 1, 10_000), help="channels of the first level")
     add("--mults", type=COUNT, nargs="+", help="channels of each level, in units of width")
     add("--num-blocks", type=COUNT, default=2, help="residual blocks of a level")
     add("--attention", type=COUNT, nargs="*", help="feature map sides with attention; None: the lowest level's")
@@ -1222,12 +1216,13 @@ def make_parser():
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
     add("--seed", type=WHOLE, default=0, help="of model, order, noise and timesteps, not of the digits")
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
+    add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: there are none")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="takes minutes, for long runs on a GPU")
     add("--method", choices=("ddim", "ddpm"), default="ddim", help="ddpm visits every timestep")
-    add("--sampling-steps", type=COUNT, help="timesteps ddim visits, at most T; None: 50")
-    add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; below 2: it is not measured")
+    add("--sampling-steps", type=COUNT, help="timesteps ddim visits; None: 50, at most T")
+    add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
     add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
     add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
@@ -1258,10 +1253,15 @@ def parse_args(argv=None):
     args.warmup = args.warmup or max(1, args.steps // 20)
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.fid_every = args.fid_every or args.steps
-    args.sampling_steps = min(args.sampling_steps or 50, args.timesteps)
+    args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
     args.adaptive_entropy = args.adaptive_entropy or {"bound": 0.05, "loss": 0.1}[args.adaptive_reward]
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} must be a new folder, and has no place beside --resume")
+    if args.out:  # at once, not after minutes, where no folder can be made
+        parent = next(path for path in Path(args.out).absolute().parents if path.exists())
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    if args.sampling_steps > args.timesteps or args.fid_samples == 1:
+        raise UserError("--sampling-steps must be at most --timesteps, and --fid-samples 0 or at least 2")
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
     if args.resume and checkpoint["step"] > args.steps:

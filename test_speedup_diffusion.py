@@ -34,6 +34,9 @@ sd.digit_features = functools.cache(sd.digit_features)
 TINY = "--device cpu --width 8 --batch-size 16 --steps 6 --eval-every 3 --timesteps 50 --fid-samples 0"
 TINY += " --sampling-steps 4"
 SCRIPT = [sys.executable, sd.__file__]
+SOURCE = Path(sd.__file__).read_text()
+SECTION_2 = SOURCE[SOURCE.index("\n# 2 Acc") : SOURCE.index("\n# 3 U-Net")]
+README = Path(sd.__file__).with_name("README.md").read_text(encoding="utf-8")
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 AB = sd.GaussianDiffusion().alphas_cumprod
 each_schedule = pytest.mark.parametrize("schedule", ["linear", "quad", "cosine"])
@@ -54,7 +57,10 @@ def here(tmp_path, monkeypatch):
 
 
 def main(flags):
-    return sd.main(flags.split())
+    try:
+        return sd.main(flags.split())
+    except SystemExit as error:  # argparse's
+        return error.code
 
 
 def training(flags, images=64):
@@ -276,10 +282,6 @@ def test_momentum_decay_keeps_lr_times_one_minus_beta1():
         assert lr_scale * (1 - beta1) == pytest.approx(0.2)
 
 
-SOURCE = Path(sd.__file__).read_text()
-SECTION_2 = SOURCE[SOURCE.index("\n# 2 Acc") : SOURCE.index("\n# 3 U-Net")]
-
-
 @pytest.mark.parametrize("name", re.findall(r"\n(?:class|def) (\w+)", SECTION_2))
 def test_each_acceleration_runs_where_only_its_source_is_pasted(name):
     """With math, torch, nn, F, and the pieces that the first line of its docstring names in backticks."""
@@ -483,16 +485,16 @@ def test_the_flags_of_each_method_reach_it(flags, expected, weights):
     assert_identical([run.sampler.probs, run.raw_weights], [expected.probs, weights])
 
 
-def test_the_reward_of_the_adaptive_sampler_decides_its_weights_entropy_and_margin():
-    run = training(METHODS[4])
-    assert_identical(run.sampler.reward_weights, run.raw_weights)
-    assert run.sampler.entropy == 0.1
-    assert run.sampler.log_u.exp().min() > 0.1
+def test_the_flags_of_the_adaptive_sampler_reach_it():
+    sampler = training(f"{METHODS[4]} --speed-lam 0.7 --adaptive-every 7 --adaptive-lr 0.5").sampler
+    assert_identical(sampler.reward_weights, sd.change_aware_weights(sampler.alphas_cumprod, 0.7))
+    assert (sampler.every, sampler.optimizer.defaults["lr"], sampler.entropy) == (7, 0.5, 0.1)
+    assert sampler.log_u.exp().min() > 0.1
 
 
 STOPS = [  # what comes before a step, that step, the exit status, the step of the checkpoint
     (lambda run: [*map(signal.raise_signal, [1, 1])], 17, 129, 17),  # a terminal that closes may hang up twice
-    (lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), 23, 2, 20),  # the disk is full
+    (lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), 23, 2, 21),  # the disk is full
     (lambda run: signal.raise_signal(signal.SIGINT), 25, 130, 25),  # all that is left to do is to measure
 ]
 ON_CUDA = [pytest.param(f"--device cuda --amp {amp}", marks=on_cuda) for amp in ("off", "bf16", "fp16")]
@@ -501,9 +503,9 @@ ON_CUDA = [pytest.param(f"--device cuda --amp {amp}", marks=on_cuda) for amp in 
 @pytest.mark.parametrize("more", ["--amp off", *ON_CUDA])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_was_resumed_is_the_run_that_never_stopped(here, capsys, monkeypatch, method, more):
-    monkeypatch.setattr(sd, "LOG_EVERY", 3)  # rows with, and between, the checkpoints (10, 20)
+    monkeypatch.setattr(sd, "LOG_EVERY", 3)  # rows with, and between, the checkpoints (7, 10, 14, 20, 21)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    flags = f"{TINY} {method} --steps 25 --eval-every 10 {more}"
+    flags = f"{TINY} {method} --steps 25 --eval-every 10 --checkpoint-every 7 {more}"
     assert main(f"{flags} --out whole") == 0
     command = f"{flags} --out run"
     for act, step, status, kept in STOPS:
@@ -660,16 +662,19 @@ def test_two_ranks_resume_as_two_and_as_one(two_ranks, monkeypatch):
 
 
 def test_the_report_tells_how_much_sooner_a_run_is_where_the_baselines_end_on_average(here, capsys, places):
-    curves = {"one": (9, 7, 5), "two": (9, 4, 6), "fast": (9, 4, 5), "soon": (5, 6), "late": (9, 6, 5.6)}
-    for run, values in curves.items():
-        shutil.copytree(places / "made", run)
+    curves = {"one": (9, 7, 5), "two": (9, 4, 6), "fast": (9, 4, 5), "soon": (5, 6), "later": (9, 6, 5.6)}
+    made = (places / "made/config.json").read_text()
+    for seed, (run, values) in enumerate(curves.items()):
+        os.mkdir(run)
+        config = made.replace('"seed": 0', f'"seed": {seed}')
+        Path(run, "config.json").write_text(config.replace('"width": 8', f'"width": {len(run)}'))
         table = np.c_[(100, 200, 300)[: len(values)], values, values]
         np.savetxt(f"{run}/metrics.csv", table, "%g,%g,%g,", header="step,val_mse,val_vlb,fid", comments="")
-    assert main("--report fast soon late --baseline one two") == 0
-    found = re.findall(r"(\S+) +(\S+) x ", capsys.readouterr().out)
-    assert found == 2 * [("5", "1.76"), ("6", "3.00"), ("5.6", "nan")]  # the last value, the speed-up
-    config = Path("two/config.json")
-    config.write_text(config.read_text().replace("linear", "quad"))
+    assert main("--report fast soon later --baseline one two") == 0
+    found = re.findall(r"  (\S+ \S+) +(\S+ \S+) +(\w.*)", capsys.readouterr().out)
+    rows = [("5.5 (5..6)", "2.38 (1.76..3)", "fast soon"), ("5.6 (5.6..5.6)", "nan (nan..nan)", "later")]
+    assert found == 2 * rows  # the last value, the speed-up, of the runs of a setting
+    Path("two/config.json").write_text(config.replace("linear", "quad"))
     assert main("--report fast --baseline one two") == 2
 
 
@@ -682,6 +687,7 @@ BAD_INPUT = """--stepps 3 | --step 3 | --timesteps 0 | --steps 0 | --speed-lam 1
 --lr= | --lr=nan | --lr=inf | --lr=-1 | --seed=-1 | --seed=many | --steps=1e30 | --dropout=nan | --fid-samples=-1
 --generate 4 | --checkpoint @made/checkpoint.pt | --dataset folder --data-dir @made | --out @made | --resume nowhere
 --resume @made --width 16 | --resume @made --timesteps 40 | --resume @made --steps 5 | --out /proc/x
+--width 2000000 | --timesteps 1000000000 | --sampling-steps 1001 | --fid-samples 1 | --out @cut.pt/x
 --generate 4 --checkpoint @cut.pt | --generate 4 --checkpoint @evil.pt | --fid-features @other.pt | --amp no"""
 
 
@@ -718,9 +724,6 @@ def test_the_script_stops_on_ctrl_c_with_a_checkpoint_and_a_way_to_go_on(here):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1].endswith("go on with --resume runs/digits-uniform\n")
     assert process.returncode == 130
-
-
-README = Path(sd.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("block", re.findall(r"(?s)\n```python\n(.*?)\n```", README))
@@ -770,15 +773,13 @@ def test_the_default_run_draws_digits(here, options):
     assert 0.5 < trained < 8 < 20 < begun
 
 
-BENCHED = ["uniform", "uniform --momentum-decay", "logit-normal", "speed", "curriculum", "adaptive"]
-BENCHED += ["adaptive --adaptive-reward loss --weighting change-aware"]
-
-
 @pytest.mark.bench
 def test_bench(capsys):
     """Blocks of ten steps of each method in random order; every tenth step has a probe."""
+    benched = ["uniform", "uniform --momentum-decay", "logit-normal", "speed", "curriculum", "adaptive"]
+    benched += ["adaptive --adaptive-reward loss --weighting change-aware"]
     runs = []
-    for method in BENCHED:
+    for method in benched:
         args, _ = sd.parse_args(f"--strategy {method}".split())
         runs.append(sd.Training(args, sd.render_digits(2000)[0], sd.pick_device(None)))
     seconds = np.empty((25, len(runs)))
@@ -790,7 +791,7 @@ def test_bench(capsys):
             runs[number].losses[-1].item()  # waits for the device
             seconds[block, number] = time.perf_counter() - begin
     with capsys.disabled():
-        for method, blocks in zip(BENCHED, seconds.T):
+        for method, blocks in zip(benched, seconds.T):
             ratio = np.median(blocks / seconds[:, 0])
             print(f"\n{method}: {100 * np.median(blocks):.1f} ms a step, {ratio:.3f} of uniform's time")
 
