@@ -171,8 +171,7 @@ class LogitNormalSampler:
 
     def sample(self, x0, step):
         self.probs = self.probs.to(x0.device)
-        u = torch.sigmoid(torch.randn(len(x0), device=x0.device))
-        return (u * len(self.probs)).long().clamp(max=len(self.probs) - 1)
+        return torch.multinomial(self.probs, len(x0), replacement=True)
 
 
 class SpeeDSampler:
@@ -217,11 +216,10 @@ class CurriculumSampler:
 
         p_n(t) = (1 - gamma_n) / T + gamma_n N(t; mu T, sigma T),    gamma_n = min(1, n / total_steps)
 
-    with the Gaussian normalised over 0..T-1 and n the training step.
+    N is normalised over 0..T-1, n is the step. Ours: gamma is 1 at the end. ValueError: sigma <= 0, total_steps < 1.
     Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency Phenomenon",
     arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the formula, mu = 0.3
     (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the paper's value is not known to us).
-    Ours: gamma reaches 1 at the end of the run. ValueError: sigma <= 0, total_steps < 1.
     """
 
     def __init__(self, timesteps, total_steps, mu=0.3, sigma=0.5):
@@ -249,9 +247,7 @@ def average_over_processes(tensor):
 
 def policy_network(in_channels):
     """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5, so Beta(0.97, 0.97).
-
-    The layers are as in the authors' code. Ours: images are resized to 8x8 first, which is cheap and takes any size.
-    """
+    The layers are as in the authors' code. Ours: images are resized to 8x8 first, which is cheap and takes any size."""
     layers = [nn.Upsample((8, 8), mode="bilinear")]
     for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
         # Pooling before the ReLU: the same result for a quarter of its work.
@@ -449,11 +445,9 @@ def min_snr_weights(alphas_cumprod, gamma=5.0):
 
 
 def normalize_weights(weights, probs):
-    """weights [T] scaled so that sum(probs * result) = 1, probs [T] being the sampler's. Our choice.
-
-    The expected weight is then 1, and a learning rate means the same for every sampler and weight. Where probs move,
-    as those of CurriculumSampler and AdaptiveSampler, call it at every step.
-    """
+    """weights [T] scaled so that sum(probs * result) = 1, probs [T] being the sampler's: our choice. The mean weight is
+    then 1, and a learning rate means the same for every sampler and weight. Where probs move, as those of
+    CurriculumSampler and AdaptiveSampler, call it at every step."""
     return weights / (probs.to(weights.device) * weights).sum()
 
 
@@ -599,12 +593,11 @@ class UNet(nn.Module):
 
 @contextlib.contextmanager
 def explained(problem):
-    """Whatever the body raises, and libraries raise many kinds, becomes a UserError of one line."""
+    """Whatever the body raises, and libraries raise many kinds, becomes a UserError."""
     try:
         yield
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{problem}: {lines[0].rstrip(':')}") from error
+        raise UserError(f"{problem}: {str(error).strip() or type(error).__name__}") from error
 
 
 def render_digits(count, size=16, seed=0):
@@ -864,10 +857,10 @@ class Training:
         self.args = args
         self.device = device
         self.images = images.to(device)
-        enabled = args.amp in ("bf16", "fp16") or (args.amp == "auto" and device.type == "cuda")
+        enabled = args.amp != "off" and (args.amp != "auto" or device.type == "cuda")
         self.autocast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled)
         torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
-        self.model = build_unet(args, images.shape[1]).to(device).to(memory_format=torch.channels_last)
+        self.model = build_unet(args, images.shape[1]).to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
         self.sampler = build_sampler(args, self.diffusion.alphas_cumprod, images.shape[1])
@@ -1037,7 +1030,7 @@ def train(args, checkpoint):
         distance = FrechetDistance(args.fid_features, device, images)
         real = held_out[: args.fid_samples]
         if len(real) > 1:
-            noise = torch.randint(256, real.shape, generator=torch.Generator().manual_seed(0)).byte()
+            noise = torch.randint(256, real.shape).byte()
             print(f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, noise {distance(noise):.4g}")
     if RANK == 0:  # it alone measures, writes and prints
         folder = Path(args.resume or new_folder(args.out or f"runs/{args.dataset}-{args.strategy}"))
@@ -1098,7 +1091,7 @@ def generate(args, checkpoint):
     with explained(f"{args.checkpoint} does not fit these settings"):
         model = build_unet(args, checkpoint["channels"])
         model.load_state_dict(checkpoint["ema"])
-    model.eval().to(device).to(memory_format=torch.channels_last)
+    model.eval().to(device, memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
     folder = new_folder(args.out or Path(args.checkpoint).parent / "generated")
     images = draw_samples(model, diffusion, args, checkpoint["channels"], args.generate, args.seed)
@@ -1120,36 +1113,43 @@ def read_curve(run, column):
     return np.array(points, float).reshape(-1, 2).T
 
 
-def report(runs, baselines):
-    """Print the last values of runs, and their speed-ups over the baselines' mean. ValueError: they do not compare."""
-    configs = [json.loads(Path(run, "config.json").read_text()) for run in runs + baselines]
+def report(runs, baselines, picture):
+    """Print each setting's last values, and its speed-ups over the baselines' mean: mean (min..max) of its runs. Draw
+    all curves into a file, picture, unless None; this needs matplotlib. ValueError: runs that do not compare."""
+    configs = {run: json.loads(Path(run, "config.json").read_text()) for run in baselines + runs}
     for key in ("data", "batch_size", "schedule", "timesteps", "distance", "fid_samples", "method", "sampling_steps"):
-        if any(config[key] != configs[0][key] for config in configs):
+        if len({str(config[key]) for config in configs.values()}) > 1:
             raise ValueError(f"runs that differ in {key} do not compare")
-    settings = {}  # runs that differ in their seed alone are one
-    for run, config in zip(runs, configs):
-        settings.setdefault(str(config | {"seed": 0, "out": 0, "resume": 0}), []).append(run)
-    for column in ("val_mse", "val_vlb", "fid"):
-        if not all(read_curve(run, column).size for run in runs + baselines):
+    settings = {}  # runs that differ in their seed alone, and came equally far, are one
+    for run, config in configs.items():
+        alike = config | {"seed": 0, "out": 0, "resume": 0, "length": read_curve(run, "val_mse").size}
+        settings.setdefault(str(alike), []).append(run)
+    if picture:
+        from matplotlib import pyplot
+
+        pyplot.figure(figsize=(18, 6))
+    for panel, column in enumerate(("val_mse", "val_vlb", "fid"), 1):
+        if not all(read_curve(run, column).size for run in configs):
             continue  # one of them did not measure it
         steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baselines], 0)
         print(f"{column}: last value, speed-up to {goal:.4g}, the baselines' mean after {steps:g} steps (nan: never)")
-        for group in settings.values():
-            found = []
-            for run in group:
-                x, y = read_curve(run, column)
-                first = (y <= goal).argmax()
-                line = slice(max(0, first - 1), first + 1)  # from the point before; np.interp wants it to rise
-                step = np.interp(-goal, -y[line], x[line], right=math.nan)
-                found.append((y[-1], steps / step))
-            last, sooner = [f"{np.mean(v):.3g} ({np.min(v):.3g}..{np.max(v):.3g})" for v in zip(*found)]
+        for number, group in enumerate(settings.values()):
+            x, y = np.stack([read_curve(run, column) for run in group], 1)  # [runs, N] each
+            best = np.minimum.accumulate(y, 1)  # so far; np.interp wants a rise
+            sooner = [steps / np.interp(-goal, -one, x[0], right=math.nan) for one in best]
+            last, sooner = [f"{np.mean(v):.3g} ({np.min(v):.3g}..{np.max(v):.3g})" for v in (y[:, -1], sooner)]
             print(f"  {last:24} {sooner:20} {' '.join(group)}")
+            if picture:
+                axes = pyplot.subplot(1, 3, panel, title=f"{column} over steps")
+                axes.semilogy(x[0], y.mean(0), color=pyplot.cm.tab20(number), label=group[0])
+    if picture:
+        pyplot.legend(bbox_to_anchor=(1, 1))
+        pyplot.savefig(picture, bbox_inches="tight")
     return 0
 
 
 # 8 Command line ---------------------------------------------------------------------------------------------
-# What differs by data set. digits: the least that draws legible digits on two CPU cores in five minutes.
-# cifar10, and folder: as the adaptive sampler's authors have it, but for their quad schedule.
+# digits: what draws them on two CPU cores in five minutes. cifar10: as the adaptive sampler's authors, less quad.
 DIGITS = {"image_size": 16, "patch": 2, "width": 48, "mults": [1, 1], "num_blocks": 1, "steps": 1600, "lr": 2e-3}
 DIGITS |= {"ema_decay": 0.998, "fid_samples": 512, "fid_features": "digits"}
 MNIST = {"image_size": 28, "width": 64, "mults": [1, 2, 2], "steps": 20_000, "lr": 1e-3, "ema_decay": 0.999}
@@ -1157,6 +1157,7 @@ CIFAR10 = {"image_size": 32, "width": 128, "mults": [1, 2, 2, 2], "attention": [
 CIFAR10 |= {"steps": 100_000, "lr": 2e-4, "ema_decay": 0.9999}
 PRESETS = {"digits": DIGITS, "mnist": MNIST, "fashion-mnist": MNIST, "cifar10": CIFAR10, "folder": CIFAR10}
 STRATEGIES = ("uniform", "logit-normal", "speed", "curriculum", "adaptive")
+WEIGHTINGS = ("auto", "none", "change-aware", "min-snr")
 
 
 def within(kind, low, high):
@@ -1184,8 +1185,7 @@ def make_parser():
     parser = argparse.ArgumentParser("speedup_diffusion.py", **options)
     add = parser.add_argument
     add("--strategy", choices=STRATEGIES, default="uniform", help="how timesteps are drawn")
-    weightings = ("auto", "none", "change-aware", "min-snr")
-    add("--weighting", choices=weightings, default="auto", help="auto: change-aware for speed, else none")
+    add("--weighting", choices=WEIGHTINGS, default="auto", help="auto: change-aware for speed, else none")
     add("--momentum-decay", action=argparse.BooleanOptionalAction, default=False, help="lower beta1 and lr with time")
     add("--speed-variant", choices=("paper", "code"), default="paper", help="SpeeD's formula or its authors' runs")
     add("--speed-k", type=POSITIVE, default=5.0, help="SpeeD: t < tau is drawn k times as often")
@@ -1225,7 +1225,7 @@ def make_parser():
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
     add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
-    add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
+    add("--out", help="new folder of the results, None: runs/DATASET-STRATEGY...; of --report a picture")
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
@@ -1240,9 +1240,8 @@ def parse_args(argv=None):
     first, _ = parser.parse_known_args(argv)  # the data set and the checkpoint decide the defaults
     parser.set_defaults(**PRESETS[first.dataset])
     checkpoint = None
-    for one, other in (("generate", "checkpoint"), ("report", "baseline")):
-        if (getattr(first, one) is None) != (getattr(first, other) is None):
-            raise UserError(f"--{one} and --{other} go together")
+    if bool(first.generate) != bool(first.checkpoint) or bool(first.report) != bool(first.baseline):
+        raise UserError("--generate and --checkpoint go together, and so do --report and --baseline")
     if first.resume or first.generate:
         path = first.checkpoint or f"{first.resume}/checkpoint.pt"
         with explained(f"{path} is no checkpoint of this script, or cut off"):
@@ -1283,10 +1282,10 @@ def main(argv=None):
             return generate(args, checkpoint)
         if args.report:
             with explained("--report"):
-                return report(args.report, args.baseline)
+                return report(args.report, args.baseline, args.out)
         return train(args, checkpoint)
     except (UserError, OSError) as error:
-        print("speedup_diffusion.py: error:", *str(error).splitlines(), file=sys.stderr)
+        print(f"speedup_diffusion.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         if WORLD_SIZE > 1:
             sys.stdout.flush()
             os._exit(2)  # the interpreter's own end could wait for NCCL, which waits for the others

@@ -33,12 +33,14 @@ sd.render_digits = functools.cache(sd.render_digits)
 sd.digit_features = functools.cache(sd.digit_features)
 TINY = "--device cpu --width 8 --batch-size 16 --steps 6 --eval-every 3 --timesteps 50 --fid-samples 0"
 TINY += " --sampling-steps 4"
+ADAPTING = f"{TINY} --momentum-decay --steps 25 --eval-every 10 --strategy"
 SCRIPT = [sys.executable, sd.__file__]
 SOURCE = Path(sd.__file__).read_text()
 SECTION_2 = SOURCE[SOURCE.index("\n# 2 Acc") : SOURCE.index("\n# 3 U-Net")]
 README = Path(sd.__file__).with_name("README.md").read_text(encoding="utf-8")
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 AB = sd.GaussianDiffusion().alphas_cumprod
+ON_CUDA = [pytest.param(f"--device cuda --amp {amp}", marks=on_cuda) for amp in ("off", "bf16", "fp16")]
 each_schedule = pytest.mark.parametrize("schedule", ["linear", "quad", "cosine"])
 assert_identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 
@@ -147,6 +149,8 @@ def test_samplers_draw_as_their_probs_say_and_weights_average_one_under_them():
     ab = sd.GaussianDiffusion("linear", 20).alphas_cumprod
     adaptive = sd.AdaptiveSampler(ab, 1)
     adaptive.policy = lambda images: torch.tensor([[-20.0, -9.0], [30.0, 2.0]]).repeat(30, 1)
+    distribution = scipy.special.ndtr(scipy.special.logit(np.linspace(0, 1, 21)))
+    assert np.allclose(sd.LogitNormalSampler(20).probs, np.diff(distribution), atol=0)
     samplers = [sd.UniformSampler(20), sd.LogitNormalSampler(20), sd.CurriculumSampler(20, 9)]
     samplers += [sd.SpeeDSampler(ab), sd.SpeeDSampler(ab, mirror=9), adaptive]
     for sampler in samplers:
@@ -470,19 +474,16 @@ def test_strategies_share_model_images_noise_and_dropout(monkeypatch):
         assert_identical(seen[method], seen[METHODS[0]])
 
 
-REACHED = [
-    ("speed --speed-k 3 --speed-lam 0.8", sd.SpeeDSampler(AB, 3), sd.change_aware_weights(AB, 0.8)),
-    ("speed --speed-variant code", sd.SpeeDSampler(AB, mirror=642), sd.change_aware_weights(AB, 0.6, 700)),
-    ("curriculum --curriculum-mu 0.7 --curriculum-sigma 2", sd.CurriculumSampler(1000, 6, 0.7, 2), torch.ones(1000)),
-]
-
-
-@pytest.mark.parametrize("flags, expected, weights", REACHED)
-def test_the_flags_of_each_method_reach_it(flags, expected, weights):
-    run = training(f"--timesteps 1000 --strategy {flags}")
-    run.sampler.sample(torch.zeros(1), 4)  # the curriculum moves
-    expected.sample(torch.zeros(1), 4)
-    assert_identical([run.sampler.probs, run.raw_weights], [expected.probs, weights])
+def test_the_flags_of_each_method_reach_it():
+    speed = ("speed --speed-k 3 --speed-lam 0.8", sd.SpeeDSampler(AB, 3), sd.change_aware_weights(AB, 0.8))
+    code = ("speed --speed-variant code", sd.SpeeDSampler(AB, mirror=642), sd.change_aware_weights(AB, 0.6, 700))
+    curriculum = sd.CurriculumSampler(1000, 6, 0.7, 2)
+    flat = ("curriculum --curriculum-mu 0.7 --curriculum-sigma 2", curriculum, torch.ones(1000))
+    for flags, expected, weights in (speed, code, flat):
+        run = training(f"--timesteps 1000 --strategy {flags}")
+        run.sampler.sample(torch.zeros(1), 4)  # the curriculum moves
+        expected.sample(torch.zeros(1), 4)
+        assert_identical([run.sampler.probs, run.raw_weights], [expected.probs, weights])
 
 
 def test_the_flags_of_the_adaptive_sampler_reach_it():
@@ -492,23 +493,20 @@ def test_the_flags_of_the_adaptive_sampler_reach_it():
     assert sampler.log_u.exp().min() > 0.1
 
 
-STOPS = [  # what comes before a step, that step, the exit status, the step of the checkpoint
-    (lambda run: [*map(signal.raise_signal, [1, 1])], 17, 129, 17),  # a terminal that closes may hang up twice
-    (lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), 23, 2, 21),  # the disk is full
-    (lambda run: signal.raise_signal(signal.SIGINT), 25, 130, 25),  # all that is left to do is to measure
-]
-ON_CUDA = [pytest.param(f"--device cuda --amp {amp}", marks=on_cuda) for amp in ("off", "bf16", "fp16")]
-
-
 @pytest.mark.parametrize("more", ["--amp off", *ON_CUDA])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_was_resumed_is_the_run_that_never_stopped(here, capsys, monkeypatch, method, more):
     monkeypatch.setattr(sd, "LOG_EVERY", 3)  # rows with, and between, the checkpoints (7, 10, 14, 20, 21)
+    stops = [  # what comes before a step, that step, the exit status, the step of the checkpoint
+        (lambda run: [*map(signal.raise_signal, [1, 1])], 17, 129, 17),  # a terminal that closes may hang up twice
+        (lambda run: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1)), 23, 2, 21),  # the disk is full
+        (lambda run: signal.raise_signal(signal.SIGINT), 25, 130, 25),  # all that is left to do is to measure
+    ]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     flags = f"{TINY} {method} --steps 25 --eval-every 10 --checkpoint-every 7 {more}"
     assert main(f"{flags} --out whole") == 0
     command = f"{flags} --out run"
-    for act, step, status, kept in STOPS:
+    for act, step, status, kept in stops:
         with before_steps({step}, act):
             ended = main(command)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -560,7 +558,8 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
     run = training("", images=70)
     batches = [run.batch() for run.step in range(8)]  # two epochs of four times 16: the last 6 images are left out
     one, two = torch.cat(batches).split(64)
-    assert len(one.unique(dim=0)) == len(two.unique(dim=0)) == 64
+    assert len(one.unique(dim=0)) == 64
+    assert len(two.unique(dim=0)) == 64
     assert not torch.equal(one, two)
 
 
@@ -592,8 +591,6 @@ def test_generated_images_repeat_with_the_seed(here):
 
 # Several processes: this file is started twice, with RANK and WORLD_SIZE alone; the tests look at what it left behind
 
-ADAPTING = f"{TINY} --momentum-decay --steps 25 --eval-every 10 --strategy"
-
 
 def one_of_two():
     """What each rank does: a run that is whole; five steps of every strategy; a run that is stopped, and resumed."""
@@ -602,8 +599,7 @@ def one_of_two():
     assert main(f"{flags} whole") == 0
     torch.distributed.init_process_group = lambda **_: None  # torch.distributed does not join twice
     for strategy in sd.STRATEGIES:
-        run = training(f"{ADAPTING} {strategy}")
-        run.sampler.every = 2  # of the adaptive sampler: three probes, so that S moves
+        run = training(f"{ADAPTING} {strategy} --adaptive-every 2")  # three probes, so that S moves
         for _ in range(4):
             run.train_step()
         before = copy.deepcopy(run.state_dict())
@@ -661,19 +657,23 @@ def test_two_ranks_resume_as_two_and_as_one(two_ranks, monkeypatch):
 # 7 Report
 
 
-def test_the_report_tells_how_much_sooner_a_run_is_where_the_baselines_end_on_average(here, capsys, places):
+def test_the_report_tells_how_much_sooner_a_run_is_where_the_baselines_end(here, capsys, monkeypatch, places):
+    matplotlib = mock.Mock()
+    monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)
     curves = {"one": (9, 7, 5), "two": (9, 4, 6), "fast": (9, 4, 5), "soon": (5, 6), "later": (9, 6, 5.6)}
     made = (places / "made/config.json").read_text()
-    for seed, (run, values) in enumerate(curves.items()):
+    for run, values in curves.items():
         os.mkdir(run)
-        config = made.replace('"seed": 0', f'"seed": {seed}')
+        config = made.replace('"seed": 0', f'"seed": "{run}"')
         Path(run, "config.json").write_text(config.replace('"width": 8', f'"width": {len(run)}'))
         table = np.c_[(100, 200, 300)[: len(values)], values, values]
         np.savetxt(f"{run}/metrics.csv", table, "%g,%g,%g,", header="step,val_mse,val_vlb,fid", comments="")
-    assert main("--report fast soon later --baseline one two") == 0
-    found = re.findall(r"  (\S+ \S+) +(\S+ \S+) +(\w.*)", capsys.readouterr().out)
-    rows = [("5.5 (5..6)", "2.38 (1.76..3)", "fast soon"), ("5.6 (5.6..5.6)", "nan (nan..nan)", "later")]
-    assert found == 2 * rows  # the last value, the speed-up, of the runs of a setting
+    assert main("--report fast soon later --baseline one two --out curves.png") == 0
+    rows = "|5.5 (5..6)|1.43 (1.09..1.76)|one two\n|5 (5..5)|1.76 (1.76..1.76)|fast\n|6 (6..6)|3 (3..3)|soon\n"
+    rows += "|5.6 (5.6..5.6)|nan (nan..nan)|later\n"  # the last value, the speed-up, of the runs of a setting
+    assert re.sub("  +", "|", capsys.readouterr().out).count(rows) == 2
+    drawn = matplotlib.pyplot.subplot().semilogy.call_args_list[0]
+    assert all(drawn.args[1] == (9, 5.5, 5.5))  # the mean
     Path("two/config.json").write_text(config.replace("linear", "quad"))
     assert main("--report fast --baseline one two") == 2
 
@@ -702,7 +702,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("places")
     assert main(f"{TINY} --strategy adaptive --out {root}/made") == 0
     torch.save(checkpoint(root / "made") | {"ema": Malicious()}, root / "evil.pt")
-    torch.save({"weights": torch.zeros(3)}, root / "other.pt")
+    torch.save({}, root / "other.pt")
     (root / "cut.pt").write_bytes((root / "made/checkpoint.pt").read_bytes()[:9999])
     return root
 
