@@ -46,21 +46,21 @@ class UserError(Exception):
 
 
 # 1 Diffusion ------------------------------------------------------------------------------------------------
-# Diffusion mixes an image x0 with noise to x_t: with little at t = 0, nearly nothing else at t = T - 1. A network
+# Diffusion mixes an image x0 with noise to x_t: nearly all image at t = 0, nearly all noise at t = T - 1. A network
 # predicts epsilon (eps), this noise, from x_t and t; its loss is the mean square error (MSE). Sampling goes back from
-# pure noise to t = 0. "The bound" is the variational bound on the negative log-likelihood (VLB): the sum of the MSEs at
-# all t, times vlb_coefficients[t]. ab: alphas_cumprod. Images are float [B, C, H, W] in [-1, 1]; t is int64 [B].
+# pure noise to t = 0. "The bound" is the variational bound on the negative log-likelihood (VLB): the sum over t of
+# vlb_coefficients[t] times the MSE at t. ab: alphas_cumprod. Images: float [B, C, H, W] in [-1, 1]; t: int64 [B].
 
 
 class GaussianDiffusion:
     """The forward process q(x_t | x0) = N(sqrt(ab_t) x0, (1 - ab_t) I), and two ways back: DDPM and DDIM.
 
     schedule: "linear" (beta from 1e-4 to 0.02, Ho et al., arXiv:2006.11239) or "quad" (the same ends, linear
-    in sqrt(beta)), both multiplied by 1000 / T so that fewer timesteps end as noisy; "cosine" (Nichol and Dhariwal,
+    in sqrt(beta)), both times 1000 / T, so that a smaller T ends about as noisy; "cosine" (Nichol and Dhariwal,
     arXiv:2102.09672). No beta exceeds 0.999. ValueError: another schedule.
-    betas, alphas_cumprod, vlb_coefficients: float32 [T], on device. The last are beta_t / (2 alpha_t (1 - ab_t) ln 2):
-    for epsilon prediction with the fixed variance beta_t, this times the epsilon-MSE (mean over dimensions) is the part
-    of the bound's KL term at t that depends on the model, in bits per dimension; also at t = 0, discrete in DDPM.
+    betas, alphas_cumprod: float32 [T], on device. vlb_coefficients: float32 [T], beta_t / (2 alpha_t (1 - ab_t) ln 2).
+    For epsilon prediction with the fixed variance beta_t this times the epsilon-MSE (mean over dimensions) is the part
+    of the bound's KL term at t that depends on the model, in bits per dimension; so at t = 0, where DDPM has another.
     """
 
     def __init__(self, schedule="linear", timesteps=1000, device="cpu"):
@@ -98,8 +98,7 @@ class GaussianDiffusion:
     def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True):
         """One step t -> t_prev (int64 [B], -1 means x0) of DDIM, Song et al., arXiv:2010.02502, eq. 12.
 
-        eta = 0 is deterministic, noise may be None; eta = 1 has DDPM's variance.
-        clip: x0 is clipped to [-1, 1] and epsilon taken again from the clipped x0.
+        eta = 0 is deterministic, noise may be None; eta = 1 has DDPM's variance. clip: x0 to [-1, 1], take eps anew.
         """
         signal = self._signal[t]
         signal_prev = self._signal[t_prev]
@@ -125,7 +124,7 @@ class GaussianDiffusion:
         """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
 
         "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1, whatever steps
-        and eta say. generator: on the CPU, for the same images again. ValueError: method, or steps outside 1..T.
+        and eta say. generator: on the CPU, for the same images again. ValueError: another method, steps outside 1..T.
         """
         if method not in ("ddim", "ddpm"):
             raise ValueError(f"method must be ddim or ddpm, got {method!r}")
@@ -148,7 +147,7 @@ class GaussianDiffusion:
 # 2 Accelerations --------------------------------------------------------------------------------------------
 # A timestep sampler decides which t are trained on, a loss weight how much each counts; any sampler goes with any
 # weight. Every sampler has `probs` [T], its present distribution, and `sample(x0, step)`: int64 timesteps [B] on x0's
-# device, from torch's global generator. Each piece needs math, torch, nn, F and what its docstring's first line names.
+# device, from torch's global generator. To copy one, take math, torch, nn, F and what its docstring's first line names.
 
 
 class UniformSampler:
@@ -202,7 +201,7 @@ class SpeeDSampler:
 
     @staticmethod
     def mirror_step(alphas_cumprod):
-        """The authors' m, 642 on linear T = 1000: the first t where sqrt(1 - ab) grows by less than 0.1 / T, plus 1."""
+        """The authors' m, 642 on linear T = 1000: the first t where sqrt(1 - ab) grows by less than 0.1 / T, + 1."""
         growth = torch.gradient((1 - alphas_cumprod.cpu().double()).sqrt())[0]
         return min(int((growth >= 0.1 / len(growth)).long().argmin()) + 1, len(growth) - 1)
 
@@ -216,7 +215,7 @@ class CurriculumSampler:
 
         p_n(t) = (1 - gamma_n) / T + gamma_n N(t; mu T, sigma T),    gamma_n = min(1, n / total_steps)
 
-    N is normalised over 0..T-1, n is the step. Ours: gamma is 1 at the end. ValueError: sigma <= 0, total_steps < 1.
+    N is normalised over 0..T-1, n: the step. Ours: gamma is 1 at total_steps. ValueError: sigma <= 0, total_steps < 1.
     Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency Phenomenon",
     arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the formula, mu = 0.3
     (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the paper's value is not known to us).
@@ -246,7 +245,7 @@ def average_over_processes(tensor):
 
 
 def policy_network(in_channels):
-    """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2], at first 0.5, so Beta(0.97, 0.97).
+    """The adaptive sampler's policy: images [B, in_channels, H, W] -> [B, 2]. Its softplus is (a, b), 0.97 at first.
     The layers are as in the authors' code. Ours: images are resized to 8x8 first, which is cheap and takes any size."""
     layers = [nn.Upsample((8, 8), mode="bilinear")]
     for c_in, c_out in ((in_channels, 32), (32, 64), (64, 128)):
@@ -278,10 +277,10 @@ class AdaptiveSampler:
     L_t being reward_weights[t] times the epsilon-MSE at t. S is a set of `selected` timesteps that stand for all.
       1. Delta^t of ONE image of the batch at up to `probe` timesteps is appended to the last `queue` of these;
       2. Delta^t of EVERY image at the t in S makes its advantage A: standardised over the batch for each t,
-         summed over S, and standardised again (of several processes: over the images of each);
+         summed over S, and standardised again (each of several processes: over its own images);
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
       4. S becomes the timesteps whose column of the queue best predicts the sum of Delta over all t (largest
-         r^2): one of each third of the probe, if S has three. At first it is the middle one of each.
+         r^2): one of each of |S| equal parts of the probe. At first it is the middle one of each.
     Use: sample(x0, step); loss.backward(); before_update(model, step); optimizer.step(); after_update(model).
 
     Source: Kim et al., "Adaptive Non-Uniform Timestep Sampling for Diffusion Model Training", arXiv:2411.09998
@@ -421,7 +420,7 @@ class AdaptiveSampler:
 
 
 def change_aware_weights(alphas_cumprod, lam=0.6, tau=None):
-    """SpeeD's weighting: timesteps where the noise changes fast count more. For `normalize_weights`.
+    """SpeeD's weighting: timesteps where the noise changes fast count more. Pass to `normalize_weights`.
 
         g = gradient of (1 - ab) along t, rescaled linearly so that min g -> 1 - lam, max g -> lam    [T]
 
@@ -445,9 +444,8 @@ def min_snr_weights(alphas_cumprod, gamma=5.0):
 
 
 def normalize_weights(weights, probs):
-    """weights [T] scaled so that sum(probs * result) = 1, probs [T] being the sampler's: our choice. The mean weight is
-    then 1, and a learning rate means the same for every sampler and weight. Where probs move, as those of
-    CurriculumSampler and AdaptiveSampler, call it at every step."""
+    """weights [T] scaled, our choice, so that sum(probs * result) = 1, with the sampler's probs [T]. A learning rate
+    means then the same for every sampler and weight. Where probs move, call it at every step."""
     return weights / (probs.to(weights.device) * weights).sum()
 
 
@@ -639,7 +637,7 @@ def read_image(path, size):
 
 
 def read_folder(folder, size):
-    """uint8 [N, 3, size, size] of the image files in and below folder. UserError counts and names those that fail."""
+    """uint8 [N, 3, size, size] of the image files in and below folder. UserError names those that fail."""
     endings = [ending for ending, name in Image.registered_extensions().items() if name in FORMATS]
     found = []
     for here, below, names in os.walk(folder):
@@ -662,7 +660,7 @@ def read_folder(folder, size):
 
 def load_dataset(name, data_dir, size):
     """(train, held_out), both uint8 [N, C, size, size], on the CPU. Held out is the test split or, where there is none,
-    5% (1 to 2,500), the same ones each time, from everywhere in it."""
+    5% of the images (1 to 2,500), drawn at random, but always the same."""
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
         held_out = min(max(1, len(images) // 20), 2500)
@@ -1013,7 +1011,7 @@ def train(args, checkpoint):
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         distributed.init_process_group(timeout=timedelta(days=1))  # the others wait while rank 0 measures
-    # Of each machine's processes one reads the data first, as it may download them, then the others.
+    # On each machine one process reads the data first, as it may download them; the others wait, then read.
     if WORLD_SIZE > 1 and LOCAL_RANK > 0:
         distributed.barrier()
     images, held_out = load_dataset(args.dataset, args.data_dir, args.image_size)
@@ -1103,7 +1101,8 @@ def generate(args, checkpoint):
 
 
 # 7 Report ---------------------------------------------------------------------------------------------------
-# Speed-up: the baseline's steps divided by the step at which a run first reaches the value at which the baseline ends.
+# Speed-up: the baseline's steps / the step at which a run's best so far reaches the baseline's last value (by linear
+# interpolation; at its first measurement, if that is better already). Steps, not seconds: `make bench` has these.
 
 
 def read_curve(run, column):
@@ -1130,12 +1129,13 @@ def report(runs, baselines, picture):
         pyplot.figure(figsize=(18, 6))
     for panel, column in enumerate(("val_mse", "val_vlb", "fid"), 1):
         if not all(read_curve(run, column).size for run in configs):
-            continue  # one of them did not measure it
+            print(f"{column}: not all of these runs measured it")
+            continue
         steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baselines], 0)
-        print(f"{column}: last value, speed-up to {goal:.4g}, the baselines' mean after {steps:g} steps (nan: never)")
+        print(f"{column}: last value, speed-up in steps to {goal:.4g}, the baselines' mean at {steps:g} (nan: never)")
         for number, group in enumerate(settings.values()):
             x, y = np.stack([read_curve(run, column) for run in group], 1)  # [runs, N] each
-            best = np.minimum.accumulate(y, 1)  # so far; np.interp wants a rise
+            best = np.minimum.accumulate(y, 1)  # so far; its negative rises, as np.interp wants
             sooner = [steps / np.interp(-goal, -one, x[0], right=math.nan) for one in best]
             last, sooner = [f"{np.mean(v):.3g} ({np.min(v):.3g}..{np.max(v):.3g})" for v in (y[:, -1], sooner)]
             print(f"  {last:24} {sooner:20} {' '.join(group)}")
@@ -1169,7 +1169,7 @@ def within(kind, low, high):
             raise ValueError
         return kind(text)
 
-    number.__name__ = f"number from {low:g} to {high:g}"  # for the error message
+    number.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # for the error message
     return number
 
 
@@ -1181,7 +1181,7 @@ SHARE = within(float, 0, 1)
 
 def make_parser():
     """All flags but --help. What a data set decides gets its default from PRESETS."""
-    options = {"usage": argparse.SUPPRESS, "allow_abbrev": False, "add_help": False}  # so that an error is one line
+    options = {"usage": argparse.SUPPRESS, "allow_abbrev": False, "add_help": False}  # no usage: an error is one line
     options |= {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "description": __doc__.split("\n")[0]}
     parser = argparse.ArgumentParser("speedup_diffusion.py", **options)
     add = parser.add_argument
@@ -1226,7 +1226,7 @@ def make_parser():
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
     add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
-    add("--out", help="new folder of the results, None: runs/DATASET-STRATEGY...; of --report a picture")
+    add("--out", help="new folder of the results, None: runs/DATASET-STRATEGY...; with --report: new picture")
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
@@ -1236,7 +1236,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """(settings with all defaults filled in, the checkpoint they start from or None). UserError: a clash."""
+    """(settings with all defaults filled in, the checkpoint they start from or None). UserError, OSError: bad ones."""
     parser = make_parser()
     first, _ = parser.parse_known_args(argv)  # the data set and the checkpoint decide the defaults
     parser.set_defaults(**PRESETS[first.dataset])
