@@ -62,7 +62,7 @@ compare: $(VENV)/installed
 	    run min-snr --weighting min-snr; \
 	    run logit-normal --strategy logit-normal; \
 	done
-	$(RUN) speedup_diffusion.py --report $(RESULTS)/* --baseline $(RESULTS)/uniform-*
+	$(RUN) speedup_diffusion.py --report $(RESULTS)/uniform-* $(RESULTS)/*
 
 CIFAR10 = --dataset cifar10 --image-size 16 --patch 2 --width 32 --mults 1 1 --num-blocks 1 --attention 4 --dropout 0 \
     --lr 2e-3 --ema-decay 0.999 --steps 5000 --eval-every 500 --fid-every 500 --fid-samples 5000 --sampling-steps 25

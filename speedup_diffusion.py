@@ -337,7 +337,7 @@ class AdaptiveSampler:
 
     def load_state_dict(self, state):
         self.policy.load_state_dict(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]["state"]})  # lr stays
         self.probs.copy_(state["probs"])  # RuntimeError: another T
         self.queue = state["queue"].to(self.grid.device)
         self.selected = state["selected"].to(self.grid.device)
@@ -809,7 +809,8 @@ class FrechetDistance:
 
 LOG_EVERY = 25  # steps: reading the loss waits for the device
 PROGRESS = ("step", "seconds", "rows", "losses")  # what a checkpoint holds of Training's own
-METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", "val_mse", "val_vlb", "fid")
+YARDSTICKS = ("val_mse", "val_vlb", "fid")
+METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", *YARDSTICKS)
 
 
 def build_unet(args, channels):
@@ -1004,6 +1005,10 @@ def pick_device(name):
 
 def train(args, checkpoint):
     """Train as args say, from the start or on from a checkpoint. The exit status: 0, or 128 + a signal."""
+    if RANK == 0 and not args.resume:  # fails at once, not after minutes, where no folder can be made
+        with explained(f"no folder can be made at --out {args.out or 'runs'}"):
+            parent = next(path for path in Path(args.out or "runs/new").absolute().parents if path.exists())
+            tempfile.TemporaryDirectory(dir=parent).cleanup()
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.backends.cudnn.benchmark = True
@@ -1032,7 +1037,7 @@ def train(args, checkpoint):
             print(f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, noise {distance(noise):.4g}")
     if RANK == 0:  # it alone measures, writes and prints
         folder = Path(args.resume or new_folder(args.out or f"runs/{args.dataset}-{args.strategy}"))
-        config = vars(args) | {"device": str(device), "torch": torch.__version__}
+        config = vars(args) | {"device": str(device), "torch": torch.__version__, "out": None, "resume": None}
         config["data"] = f"{args.dataset}, {len(images)} images {list(images.shape[1:])}"
         config["distance"] = distance and distance.name
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -1045,8 +1050,8 @@ def train(args, checkpoint):
     bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
     clock = time.perf_counter()
     while True:
-        compares = args.fid_samples and due(args.fid_every)
-        evaluates = compares or due(args.eval_every)
+        compares = args.fid_samples and due(args.fid_every or args.steps)
+        evaluates = compares or due(args.eval_every or max(1, args.steps // 10))
         saves = evaluates or due(args.checkpoint_every or args.steps)
         logs = saves or due(LOG_EVERY)
         stop = received[0] if received else 0
@@ -1101,8 +1106,8 @@ def generate(args, checkpoint):
 
 
 # 7 Report ---------------------------------------------------------------------------------------------------
-# Speed-up: the baseline's steps / the step at which a run's best so far reaches the baseline's last value (by linear
-# interpolation; at its first measurement, if that is better already). Steps, not seconds: `make bench` has these.
+# Runs that differ in the seed alone are one setting, that of the first run is the baseline. Speed-up: its steps / the
+# step at which a run's best so far reaches its mean last value (by linear interpolation, or at the first measurement).
 
 
 def read_curve(run, column):
@@ -1112,39 +1117,39 @@ def read_curve(run, column):
     return np.array(points, float).reshape(-1, 2).T
 
 
-def report(runs, baselines, picture):
-    """Print each setting's last values, and its speed-ups over the baselines' mean: mean (min..max) of its runs. Draw
-    the mean curves into a file, picture, unless None: it needs matplotlib. ValueError: runs that do not compare."""
-    configs = {run: json.loads(Path(run, "config.json").read_text()) for run in baselines + runs}
+def report(runs, out):
+    """Print, for each setting, what its runs (folders) measured last, and how much sooner they were than the first
+    setting's: mean (min..max). With out: draw the means into this new folder. ValueError: they do not compare."""
+    configs = {run: json.loads(Path(run, "config.json").read_text()) for run in runs}
     for key in ("data", "batch_size", "schedule", "timesteps", "distance", "fid_samples", "method", "sampling_steps"):
         if len({str(config[key]) for config in configs.values()}) > 1:
             raise ValueError(f"runs that differ in {key} do not compare")
-    settings = {}  # runs that differ in their seed alone, and came equally far, are one
+    settings = {}  # runs that differ in the seed alone, and measured at the same steps, are one
     for run, config in configs.items():
-        alike = config | {"seed": 0, "out": 0, "resume": 0, "length": read_curve(run, "val_mse").size}
-        settings.setdefault(str(alike), []).append(run)
-    if picture:
+        measured = [list(read_curve(run, column)[0]) for column in YARDSTICKS]
+        settings.setdefault(str(config | {"seed": 0, "measured": measured}), []).append(run)
+    baseline, *_ = settings.values()
+    if out:
         from matplotlib import pyplot
 
         pyplot.figure(figsize=(18, 6))
-    for panel, column in enumerate(("val_mse", "val_vlb", "fid"), 1):
-        if not all(read_curve(run, column).size for run in configs):
-            print(f"{column}: not all of these runs measured it")
+    for panel, column in enumerate(YARDSTICKS, 1):
+        if lacking := [run for run in runs if not read_curve(run, column).size]:
+            print(f"{column}: not measured by {' '.join(lacking)}")
             continue
-        steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baselines], 0)
-        print(f"{column}: last value, speed-up in steps to {goal:.4g}, the baselines' mean at {steps:g} (nan: never)")
+        steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baseline], 0)
+        print(f"{column}: last value, speed-up in steps to {goal:.4g}, {baseline[0]}'s at {steps:g} (nan: not by all)")
         for number, group in enumerate(settings.values()):
-            x, y = np.stack([read_curve(run, column) for run in group], 1)  # [runs, N] each
-            best = np.minimum.accumulate(y, 1)  # so far; its negative rises, as np.interp wants
-            sooner = [steps / np.interp(-goal, -one, x[0], right=math.nan) for one in best]
+            x, y = np.stack([read_curve(run, column) for run in group], 1)  # [runs, N]; np.interp wants a rise: -best
+            sooner = [steps / np.interp(-goal, -best, x[0], right=math.nan) for best in np.minimum.accumulate(y, 1)]
             last, sooner = [f"{np.mean(v):.3g} ({np.min(v):.3g}..{np.max(v):.3g})" for v in (y[:, -1], sooner)]
             print(f"  {last:24} {sooner:20} {' '.join(group)}")
-            if picture:
+            if out:
                 axes = pyplot.subplot(1, 3, panel, title=f"{column} over steps")
                 axes.semilogy(x[0], y.mean(0), color=pyplot.cm.tab20(number), label=group[0])
-    if picture:
+    if out:
         pyplot.legend(bbox_to_anchor=(1, 1))
-        pyplot.savefig(picture, bbox_inches="tight")
+        pyplot.savefig(new_folder(out) / "curves.png", bbox_inches="tight")
     return 0
 
 
@@ -1200,11 +1205,11 @@ def make_parser():
     add("--adaptive-entropy", type=POSITIVE, help="weight of the policy's entropy; None: 0.05, for the loss 0.1")
     add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
-    add("--image-size", type=within(int, 1, 1024), help="side of the square images")
+    add("--image-size", type=within(int, 1, 256), help="side of the square images")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror training images half of the time")
     add("--schedule", choices=("linear", "cosine", "quad"), default="linear", help="how fast the noise grows")
     add("--timesteps", type=within(int, 1, 100_000), default=1000, help="T")
-    add("--width", type=within(int, 1, 10_000), help="channels of the first level")
+    add("--width", type=within(int, 1, 4096), help="channels of the first level")
     add("--mults", type=COUNT, nargs="+", help="channels of each level, in units of width")
     add("--num-blocks", type=COUNT, default=2, help="residual blocks of a level")
     add("--attention", type=COUNT, nargs="*", help="feature map sides with attention; None: the lowest level's")
@@ -1217,7 +1222,7 @@ def make_parser():
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
     add("--seed", type=WHOLE, default=0, help="of model, order, noise and timesteps, not of the digits")
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
-    add("--checkpoint-every", type=COUNT, help="steps between further checkpoints; None: there are none")
+    add("--checkpoint-every", type=COUNT, help="steps between further checkpoints, and rows; None: there are none")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="auto: on CUDA bf16, else off")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="takes minutes, for long runs on a GPU")
@@ -1226,23 +1231,22 @@ def make_parser():
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
     add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
-    add("--out", help="new folder of the results, None: runs/DATASET-STRATEGY...; with --report: new picture")
+    add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
-    add("--report", nargs="+", metavar="RUN", help="print how much sooner these folders are where the baseline ends")
-    add("--baseline", nargs="+", metavar="RUN", help="the run to compare with, or several, averaged")
+    add("--report", nargs="+", metavar="RUN", help="print how much sooner these runs are where the first of them ends")
     return parser
 
 
 def parse_args(argv=None):
-    """(settings with all defaults filled in, the checkpoint they start from or None). UserError, OSError: bad ones."""
+    """(settings with all defaults filled in, the checkpoint they start from or None). UserError: a clash."""
     parser = make_parser()
     first, _ = parser.parse_known_args(argv)  # the data set and the checkpoint decide the defaults
     parser.set_defaults(**PRESETS[first.dataset])
     checkpoint = None
-    if bool(first.generate) != bool(first.checkpoint) or bool(first.report) != bool(first.baseline):
-        raise UserError("--generate and --checkpoint go together, and so do --report and --baseline")
+    if bool(first.generate) != bool(first.checkpoint):
+        raise UserError("--generate and --checkpoint go together")
     if first.resume or first.generate:
         path = first.checkpoint or f"{first.resume}/checkpoint.pt"
         with explained(f"{path} is no checkpoint of this script, or cut off"):
@@ -1251,15 +1255,10 @@ def parse_args(argv=None):
     parser.add_argument("-h", "--help", action="help", help="show the defaults of a --dataset and exit")
     args = parser.parse_args(argv)
     args.warmup = args.warmup or max(1, args.steps // 20)
-    args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.fid_every = args.fid_every or args.steps
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
     args.adaptive_entropy = args.adaptive_entropy or {"bound": 0.05, "loss": 0.1}[args.adaptive_reward]
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} is there already, or beside --resume, where it has no place")
-    if args.out:  # at once, not after minutes, where no folder can be made
-        parent = next(path for path in Path(args.out).absolute().parents if path.exists())
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
     if args.sampling_steps > args.timesteps or args.fid_samples == 1:
         raise UserError("--sampling-steps must be at most --timesteps, and --fid-samples 0 or at least 2")
     if args.warmup > args.steps:
@@ -1283,9 +1282,9 @@ def main(argv=None):
             return generate(args, checkpoint)
         if args.report:
             with explained("--report"):
-                return report(args.report, args.baseline, args.out)
+                return report(args.report, args.out)
         return train(args, checkpoint)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"speedup_diffusion.py: error: {str(error).splitlines()[0].rstrip(':')}", file=sys.stderr)
         if WORLD_SIZE > 1:
             sys.stdout.flush()
@@ -1293,7 +1292,7 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         print("speedup_diffusion.py: stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 130  # as shells say
 
 
 if __name__ == "__main__":
