@@ -661,11 +661,11 @@ def test_the_report_tells_how_much_sooner_runs_are_where_the_first_setting_ends(
     matplotlib = mock.Mock()
     monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)
     curves = {"one": (9, 7, 5), "two": (9, 4, 6), "fast": (9, 4, 5), "soon": (5, 6), "later": (9, 6, 5.6)}
-    made = (places / "made/config.json").read_text()
+    made = Path(f"{places}/made/config.json").read_text()
     for run, values in curves.items():
         os.mkdir(run)
         config = made.replace('"seed": 0', f'"seed": "{run}"')
-        Path(run, "config.json").write_text(config.replace('"width": 8', f'"width": {len(run)}'))
+        Path(f"{run}/config.json").write_text(config.replace('"width": 8', f'"width": {len(run)}'))
         table = np.c_[(100, 200, 300)[: len(values)], values, values]
         np.savetxt(f"{run}/metrics.csv", table, "%g,%g,%g,", header="step,val_mse,val_vlb,fid", comments="")
     assert main("--report one fast soon later two --out drawn") == 0
