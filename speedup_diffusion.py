@@ -1134,7 +1134,7 @@ def report(runs, out):
 
         pyplot.figure(figsize=(18, 6))
     for panel, column in enumerate(YARDSTICKS, 1):
-        if lacking := [run for run in runs if not read_curve(run, column).size]:
+        if lacking := [run for run in configs if not read_curve(run, column).size]:
             print(f"{column}: not measured by {' '.join(lacking)}")
             continue
         steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baseline], 0)
