@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -97,9 +98,7 @@ class GaussianDiffusion:
 
     def ddim_step(self, x_t, t, t_prev, eps, eta, noise, clip=True):
         """One step t -> t_prev (int64 [B], -1 means x0) of DDIM, Song et al., arXiv:2010.02502, eq. 12.
-
-        eta = 0 is deterministic, noise may be None; eta = 1 has DDPM's variance. clip: x0 to [-1, 1], take eps anew.
-        """
+        eta = 0 is deterministic, noise may be None; eta = 1 has DDPM's variance. clip: x0 to [-1, 1], take eps anew."""
         signal = self._signal[t]
         signal_prev = self._signal[t_prev]
         sigma = self._sigma[t]
@@ -122,24 +121,19 @@ class GaussianDiffusion:
     @torch.no_grad()
     def sample(self, model, shape, method="ddim", steps=50, eta=0.0, generator=None):
         """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
-
-        "ddim" visits `steps` evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1, whatever steps
-        and eta say. generator: on the CPU, for the same images again. ValueError: another method, steps outside 1..T.
-        """
-        if method not in ("ddim", "ddpm"):
-            raise ValueError(f"method must be ddim or ddpm, got {method!r}")
+        "ddim" visits `steps` (1..T) evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1, whatever
+        steps and eta say. generator: on the CPU, for the same images again. ValueError: another method."""
         if method == "ddpm":
             steps = self.timesteps
             eta = 1.0
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"sampling steps must lie in 1..{self.timesteps}, got {steps}")
-        device = self.betas.device
+        elif method != "ddim":
+            raise ValueError(f"method must be ddim or ddpm, got {method!r}")
         times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64).round().long().tolist()
-        x = torch.randn(shape, generator=generator).to(device)
+        x = torch.randn(shape, generator=generator).to(self.betas.device)
         for now, then in zip(times, times[1:] + [-1]):
-            t = torch.full((len(x),), now, device=device)
+            t = torch.full((len(x),), now, device=x.device)
             t_prev = torch.full_like(t, then)
-            noise = torch.randn(shape, generator=generator).to(device) if eta > 0 else None
+            noise = torch.randn(shape, generator=generator).to(x.device) if eta > 0 else None
             x = self.ddim_step(x, t, t_prev, model(x, t).to(x.dtype), eta, noise)
         return x
 
@@ -190,7 +184,7 @@ class SpeeDSampler:
         T = len(alphas_cumprod)
         if tau is None:
             tau = max(1, int((alphas_cumprod >= 0.0069).sum()))
-        if not k >= 1 or not 1 <= tau <= T:
+        if k < 1 or not 1 <= tau <= T:
             raise ValueError(f"SpeeD: k must be at least 1 and tau lie in 1..{T}, got k = {k}, tau = {tau}")
         t = torch.arange(T, device=alphas_cumprod.device)
         self.tau = tau
@@ -215,15 +209,13 @@ class CurriculumSampler:
 
         p_n(t) = (1 - gamma_n) / T + gamma_n N(t; mu T, sigma T),    gamma_n = min(1, n / total_steps)
 
-    N is normalised over 0..T-1, n: the step. Ours: gamma is 1 at total_steps. ValueError: sigma <= 0, total_steps < 1.
+    N is normalised over 0..T-1, n: the step. Ours: gamma is 1 at total_steps. sigma > 0.
     Source: Xu et al., "Towards Faster Training of Diffusion Models: An Inspiration of A Consistency Phenomenon",
     arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the formula, mu = 0.3
     (best in the paper's ablation, third parties say), sigma = 0.5 (one source; the paper's value is not known to us).
     """
 
     def __init__(self, timesteps, total_steps, mu=0.3, sigma=0.5):
-        if not sigma > 0 or total_steps < 1:
-            raise ValueError(f"sigma must be above 0 and total_steps at least 1, got {sigma}, {total_steps}")
         t = torch.arange(timesteps, dtype=torch.float64) / timesteps
         self.gaussian = torch.softmax(-0.5 * ((t - mu) / sigma) ** 2, 0).float()
         self.probs = torch.full((timesteps,), 1 / timesteps)
@@ -294,7 +286,7 @@ class AdaptiveSampler:
     Our variant rewards a lower training loss: the loss weights, entropy = 0.1, margin = 0.1 against a pile at t = 0.
     Cost: 2 (probe + selected B) forwards of an image every `every` steps, where a training step is worth 3 B; and the
     policy at every step. alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's
-    wrapper. Processes that build the policy under one seed keep the same one. ValueError: numbers out of range.
+    wrapper, in training mode. Processes that share a seed share the policy. ValueError: selected > probe.
     """
 
     def __init__(
@@ -304,8 +296,8 @@ class AdaptiveSampler:
         T = len(alphas_cumprod)
         device = alphas_cumprod.device
         grid, widths = geometric_bins(T, probe)
-        if not 1 <= selected <= len(grid) or every < 1 or queue < 3 or not 0 < floor < 1 or not 0 <= margin < 0.5:
-            raise ValueError(f"adaptive: selected in 1..{len(grid)}, every > 0, queue > 2, floor in 0..1, margin < 0.5")
+        if not 1 <= selected <= len(grid):
+            raise ValueError(f"adaptive: selected must lie in 1..{len(grid)}, got {selected}")
         if reward_weights is None:
             ab = alphas_cumprod.cpu().double()
             alphas = ab / torch.cat([ab.new_ones(1), ab[:-1]])
@@ -359,10 +351,9 @@ class AdaptiveSampler:
 
     @torch.no_grad()
     def _weighted_mse(self, model, x_t, t, noise):
-        training = model.training
         model.eval()  # no dropout, before and after
         mse = (model(x_t, t).float() - noise).square().flatten(1).mean(1)
-        model.train(training)
+        model.train()
         return self.reward_weights[t] * mse
 
     def before_update(self, model, step):
@@ -457,10 +448,8 @@ def momentum_decay(progress, beta1=0.9):
     Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1) stays
     constant, so that updates are not amplified. Write both into Adam's param_groups at every step.
     Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the
-    compensation and b. The rule for beta1 is Demon's (Chen et al., arXiv:1910.04952). ValueError: beta1 outside [0, 1).
+    compensation and b = beta1, in [0, 1). The rule for beta1(s) is Demon's (Chen et al., arXiv:1910.04952).
     """
-    if not 0 <= beta1 < 1:
-        raise ValueError(f"beta1 must lie in [0, 1), got {beta1}")
     left = beta1 * (1 - progress)
     return left / ((1 - beta1) + left), 1 - beta1 * progress
 
@@ -623,7 +612,7 @@ def read_image(path, size):
     """An image file as uint8 [3, size, size], upright, on white, centre-cropped; or a str, what is wrong with it."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip these
+            if image.mode[0] in "IF":  # Pillow would clip these
                 raise ValueError("more than 8 bits a channel, convert it to 8 bits")
             with contextlib.suppress(Exception):  # a broken EXIF block: the image stays as it lies
                 image = ImageOps.exif_transpose(image)
@@ -659,8 +648,7 @@ def read_folder(folder, size):
 
 
 def load_dataset(name, data_dir, size):
-    """(train, held_out), both uint8 [N, C, size, size], on the CPU. Held out is the test split or, where there is none,
-    5% of the images (1 to 2,500), drawn at random, but always the same."""
+    """(train, held_out): uint8 [N, C, size, size]. Held out: the test split or else a random 5% (1 to 2,500)."""
     if name in ("digits", "folder"):
         images = render_digits(10_240, size)[0] if name == "digits" else read_folder(data_dir, size)
         held_out = min(max(1, len(images) // 20), 2500)
@@ -773,10 +761,11 @@ class FrechetDistance:
 
     features: "digits" for digit_features; a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D],
     which runs code: open your own files; None for clean-fid's InceptionV3, and only that is FID.
-    images: the training images, uint8 [N, C, H, W]. UserError: features that cannot be had, and what to do.
+    images: the training images, uint8 [N, C, H, W]. published: clean-fid's InceptionV3 statistics of CIFAR-10's take
+    their place, which saves time. UserError: features that cannot be had, and what to do.
     """
 
-    def __init__(self, features, device, images):
+    def __init__(self, features, device, images, published=False):
         self.name = f"FD ({Path(features).name})" if features else "FID"
         self.device = device
         with explained(f"--fid-features {features or '(InceptionV3)'} cannot be used; digits needs no download"):
@@ -786,7 +775,12 @@ class FrechetDistance:
                 self.features = torch.jit.load(features, device).eval()
             else:
                 self.features = inception_features(device)
-            self.reference = self.statistics(images)
+            if published:
+                from cleanfid.features import get_reference_statistics
+
+                self.reference = [torch.from_numpy(x) for x in get_reference_statistics("cifar10", 32, split="train")]
+            else:
+                self.reference = self.statistics(images)
 
     @torch.no_grad()
     def statistics(self, images):
@@ -838,9 +832,10 @@ def build_sampler(args, ab, channels):
     if args.strategy == "curriculum":
         return CurriculumSampler(len(ab), args.steps, args.curriculum_mu, args.curriculum_sigma)
     if args.strategy == "adaptive":
-        options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy}
+        options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy or 0.05}
         if args.adaptive_reward == "loss":
             options |= {"reward_weights": build_weights(args, ab), "margin": 0.1}
+            options["entropy"] = args.adaptive_entropy or 0.1
         return AdaptiveSampler(ab, channels, **options)
     return UniformSampler(len(ab))
 
@@ -869,7 +864,7 @@ class Training:
             self.ema.compile()
         # DDP averages the gradients of what passes through it; all else calls the bare model.
         self.ddp_model = nn.parallel.DistributedDataParallel(self.model) if WORLD_SIZE > 1 else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=device.type != "mps")
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         self.parts = ["model", "ema", "optimizer", "scaler"]  # what has a state_dict
         if args.strategy == "adaptive":
@@ -928,7 +923,7 @@ class Training:
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
         loss = average_over_processes(loss.detach())
         self.losses.append(loss)
-        self.bad_in_a_row = torch.where(loss.isfinite() & norm.isfinite(), 0, self.bad_in_a_row + 1)
+        self.bad_in_a_row = torch.where((loss + norm).isfinite(), 0, self.bad_in_a_row + 1)
 
         beta1, lr_scale = momentum_decay(self.step / args.steps) if args.momentum_decay else (0.9, 1.0)
         lr = args.lr * lr_scale * min(1.0, (self.step + 1) / args.warmup)
@@ -946,10 +941,9 @@ class Training:
 
     def log(self, folder, held_out=None, distance=None):
         """Add a row to metrics.csv. With held_out measure the EMA model, too, save samples and print a line."""
-        losses = torch.tensor(self.losses)  # waits for the device
         group = self.optimizer.param_groups[0]
         row = {"step": self.step, "images": self.step * self.args.batch_size, "seconds": self.seconds}
-        row |= {"loss": losses[losses.isfinite()].mean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
+        row |= {"loss": torch.tensor(self.losses).nanmean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
         if held_out is not None:
             with self.autocast:
                 row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out)
@@ -1030,14 +1024,15 @@ def train(args, checkpoint):
             run.load_state_dict(checkpoint)
     distance = None
     if RANK == 0 and args.fid_samples:
-        distance = FrechetDistance(args.fid_features, device, images)
+        published = args.dataset == "cifar10" and args.image_size == 32 and not args.fid_features
+        distance = FrechetDistance(args.fid_features, device, images, published)
         real = held_out[: args.fid_samples]
         if len(real) > 1:
             noise = torch.randint(256, real.shape).byte()
             print(f"{distance.name} of {len(real)} held-out images {distance(real):.4g}, noise {distance(noise):.4g}")
     if RANK == 0:  # it alone measures, writes and prints
         folder = Path(args.resume or new_folder(args.out or f"runs/{args.dataset}-{args.strategy}"))
-        config = vars(args) | {"device": str(device), "torch": torch.__version__, "out": None, "resume": None}
+        config = vars(args) | {"device": str(device), "out": None, "resume": None}
         config["data"] = f"{args.dataset}, {len(images)} images {list(images.shape[1:])}"
         config["distance"] = distance and distance.name
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -1091,9 +1086,8 @@ def train(args, checkpoint):
 def generate(args, checkpoint):
     """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
     device = pick_device(args.device)
-    with explained(f"{args.checkpoint} does not fit these settings"):
-        model = build_unet(args, checkpoint["channels"])
-        model.load_state_dict(checkpoint["ema"])
+    model = build_unet(args, checkpoint["channels"])
+    model.load_state_dict(checkpoint["ema"])
     model.eval().to(device, memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
     folder = new_folder(args.out or Path(args.checkpoint).parent / "generated")
@@ -1112,7 +1106,7 @@ def generate(args, checkpoint):
 
 def read_curve(run, column):
     """(steps, values), float [N] each: what a run, a folder, measured of a column of its metrics.csv, and when."""
-    with open(Path(run, "metrics.csv"), newline="") as file:
+    with open(Path(run, "metrics.csv")) as file:
         points = [(row["step"], row[column]) for row in csv.DictReader(file) if row[column]]
     return np.array(points, float).reshape(-1, 2).T
 
@@ -1181,6 +1175,7 @@ def within(kind, low, high):
 WHOLE = within(int, 0, 10**9)
 COUNT = within(int, 1, 10**9)
 POSITIVE = within(float, 1e-12, 1e12)
+SIZE = within(int, 1, 512)
 SHARE = within(float, 0, 1)
 
 
@@ -1205,19 +1200,19 @@ def make_parser():
     add("--adaptive-entropy", type=POSITIVE, help="weight of the policy's entropy; None: 0.05, for the loss 0.1")
     add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
-    add("--image-size", type=within(int, 1, 256), help="side of the square images")
+    add("--image-size", type=SIZE, help="side of the square images")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror training images half of the time")
     add("--schedule", choices=("linear", "cosine", "quad"), default="linear", help="how fast the noise grows")
     add("--timesteps", type=within(int, 1, 100_000), default=1000, help="T")
-    add("--width", type=within(int, 1, 4096), help="channels of the first level")
-    add("--mults", type=COUNT, nargs="+", help="channels of each level, in units of width")
-    add("--num-blocks", type=COUNT, default=2, help="residual blocks of a level")
-    add("--attention", type=COUNT, nargs="*", help="feature map sides with attention; None: the lowest level's")
+    add("--width", type=SIZE, help="channels of the first level")
+    add("--mults", type=SIZE, nargs="+", help="channels of each level, in units of width")
+    add("--num-blocks", type=SIZE, default=2, help="residual blocks of a level")
+    add("--attention", type=SIZE, nargs="*", help="feature map sides with attention; None: the lowest level's")
     add("--dropout", type=SHARE, default=0.0, help="in the residual blocks")
-    add("--patch", type=COUNT, default=1, help="pixel-unshuffle factor in front of the U-Net")
+    add("--patch", type=SIZE, default=1, help="pixel-unshuffle factor in front of the U-Net")
     add("--steps", type=COUNT, help="training steps")
     add("--batch-size", type=COUNT, default=128, help="images a step, of all processes together")
-    add("--lr", type=POSITIVE, help="learning rate of AdamW, after the warm-up")
+    add("--lr", type=POSITIVE, help="learning rate of Adam, after the warm-up")
     add("--warmup", type=COUNT, help="steps to the full learning rate; None: 5%% of the steps")
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
     add("--seed", type=WHOLE, default=0, help="of model, order, noise and timesteps, not of the digits")
@@ -1234,7 +1229,7 @@ def make_parser():
     add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
-    add("--checkpoint", metavar="FILE", help="the checkpoint to generate from")
+    add("--checkpoint", help="the file to generate from")
     add("--report", nargs="+", metavar="RUN", help="print how much sooner these runs are where the first of them ends")
     return parser
 
@@ -1256,21 +1251,27 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.warmup = args.warmup or max(1, args.steps // 20)
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
-    args.adaptive_entropy = args.adaptive_entropy or {"bound": 0.05, "loss": 0.1}[args.adaptive_reward]
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} is there already, or beside --resume, where it has no place")
     if args.sampling_steps > args.timesteps or args.fid_samples == 1:
         raise UserError("--sampling-steps must be at most --timesteps, and --fid-samples 0 or at least 2")
+    if args.fid_features not in (None, "digits") and not zipfile.is_zipfile(args.fid_features):
+        raise UserError(f"--fid-features {args.fid_features}: no such file, or not TorchScript")
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
-    if args.resume and checkpoint["step"] > args.steps:
+    if checkpoint and checkpoint["step"] > args.steps:
         raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
-    with explained("these settings do not fit together"):  # what a class itself refuses
+    with explained("these settings do not fit together, or to the checkpoint"):  # what a class itself refuses
         ab = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
-        build_sampler(args, ab, 3)
-        build_weights(args, ab)
+        channels = checkpoint["channels"] if checkpoint else 3
         with torch.device("meta"):  # without weights
-            build_unet(args, 3)
+            model = build_unet(args, channels)
+        if checkpoint:
+            model.load_state_dict(checkpoint["ema"], assign=True)
+        sampler = build_sampler(args, ab, channels)
+        if checkpoint and args.strategy == "adaptive":
+            sampler.load_state_dict(checkpoint["sampler"])
+        build_weights(args, ab)
     return args, checkpoint
 
 
