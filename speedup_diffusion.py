@@ -1003,6 +1003,8 @@ def train(args, checkpoint):
         with explained(f"no folder can be made at --out {args.out or 'runs'}"):
             parent = next(path for path in Path(args.out or "runs/new").absolute().parents if path.exists())
             tempfile.TemporaryDirectory(dir=parent).cleanup()
+    if args.fid_features not in (None, "digits") and not zipfile.is_zipfile(args.fid_features):
+        raise UserError(f"--fid-features {args.fid_features}: no such file, or not TorchScript")
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.backends.cudnn.benchmark = True
@@ -1255,8 +1257,6 @@ def parse_args(argv=None):
         raise UserError(f"--out {args.out} is there already, or beside --resume, where it has no place")
     if args.sampling_steps > args.timesteps or args.fid_samples == 1:
         raise UserError("--sampling-steps must be at most --timesteps, and --fid-samples 0 or at least 2")
-    if args.fid_features not in (None, "digits") and not zipfile.is_zipfile(args.fid_features):
-        raise UserError(f"--fid-features {args.fid_features}: no such file, or not TorchScript")
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
     if checkpoint and checkpoint["step"] > args.steps:
