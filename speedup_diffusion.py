@@ -61,7 +61,7 @@ class GaussianDiffusion:
     arXiv:2102.09672). No beta exceeds 0.999. ValueError: another schedule.
     betas, alphas_cumprod: float32 [T], on device. vlb_coefficients: float32 [T], beta_t / (2 alpha_t (1 - ab_t) ln 2).
     For epsilon prediction with the fixed variance beta_t this times the epsilon-MSE (mean over dimensions) is the part
-    of the bound's KL term at t that depends on the model, in bits per dimension; so at t = 0, where DDPM has another.
+    of the bound's KL term at t that depends on the model, in bits per dimension; t = 0 is counted alike.
     """
 
     def __init__(self, schedule="linear", timesteps=1000, device="cpu"):
@@ -107,10 +107,10 @@ class GaussianDiffusion:
         if clip:
             x0 = x0.clamp(-1, 1)
             eps = (x_t - signal * x0) / sigma
-        added = sigma**2 - (sigma_prev * signal / signal_prev) ** 2  # the variance of x_t given x_{t_prev}
+        added = sigma**2 - (sigma_prev * signal / signal_prev) ** 2  # variance of x_t given x_prev: 1 - ab_t / ab_prev
         variance = eta**2 * (sigma_prev / sigma) ** 2 * added
         x_prev = signal_prev * x0 + (sigma_prev**2 - variance).clamp(min=0).sqrt() * eps
-        if eta > 0:
+        if eta:
             x_prev = x_prev + variance.clamp(min=0).sqrt() * noise
         return x_prev
 
@@ -120,7 +120,7 @@ class GaussianDiffusion:
 
     @torch.no_grad()
     def sample(self, model, shape, method="ddim", steps=50, eta=0.0, generator=None):
-        """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps.
+        """Images of the given shape, clipped to [-1, 1], from noise; model(x_t, t) -> eps, in eval mode.
         "ddim" visits `steps` (1..T) evenly spaced timesteps from T-1 to 0; "ddpm" takes all T with eta = 1, whatever
         steps and eta say. generator: on the CPU, for the same images again. ValueError: another method."""
         if method == "ddpm":
@@ -133,7 +133,7 @@ class GaussianDiffusion:
         for now, then in zip(times, times[1:] + [-1]):
             t = torch.full((len(x),), now, device=x.device)
             t_prev = torch.full_like(t, then)
-            noise = torch.randn(shape, generator=generator).to(x.device) if eta > 0 else None
+            noise = torch.randn(shape, generator=generator).to(x.device) if eta else None
             x = self.ddim_step(x, t, t_prev, model(x, t).to(x.dtype), eta, noise)
         return x
 
@@ -176,7 +176,7 @@ class SpeeDSampler:
     arXiv:2405.17403 (CVPR 2025). Formula, k = 5 and tau = 700 (linear, T = 1000) are as in the authors' code. tau=None
     is our rule for any schedule: the number of t with ab >= 0.0069, 700 on that one.
     mirror: the authors' training runs also move half of each batch from t to |t - m|, m = mirror. To draw from
-    P'(t) = (P(t) + the sum of P(s) over all s moved to t) / 2 is the same.
+    P'(t) = (P(t) + the sum of P(s) over all s moved to t) / 2 is the same. m < T.
     SpeeD is this sampler with `change_aware_weights`. alphas_cumprod: [T]. ValueError: k < 1, tau outside 1..T.
     """
 
@@ -197,7 +197,7 @@ class SpeeDSampler:
     def mirror_step(alphas_cumprod):
         """The authors' m, 642 on linear T = 1000: the first t where sqrt(1 - ab) grows by less than 0.1 / T, + 1."""
         growth = torch.gradient((1 - alphas_cumprod.cpu().double()).sqrt())[0]
-        return min(int((growth >= 0.1 / len(growth)).long().argmin()) + 1, len(growth) - 1)
+        return min(int((growth < 0.1 / len(growth)).long().argmax()) + 1, len(growth) - 1)
 
     def sample(self, x0, step):
         self.probs = self.probs.to(x0.device)
@@ -267,7 +267,7 @@ class AdaptiveSampler:
 
     Every `every` steps it measures what an update of the model changed: Delta^t = L_t before it - L_t after it,
     L_t being reward_weights[t] times the epsilon-MSE at t. S is a set of `selected` timesteps that stand for all.
-      1. Delta^t of ONE image of the batch at up to `probe` timesteps is appended to the last `queue` of these;
+      1. Delta^t of ONE image of the batch at up to `probe` timesteps becomes a row of the queue, which keeps `queue`;
       2. Delta^t of EVERY image at the t in S makes its advantage A: standardised over the batch for each t,
          summed over S, and standardised again (each of several processes: over its own images);
       3. REINFORCE: loss = -mean(A log P(t | x0) + entropy H), H the entropy of P, one step of Adam;
@@ -279,14 +279,14 @@ class AdaptiveSampler:
     (CVPR 2025), and its authors' code: network, steps 1 to 4, |S| = 3, queue 20, gradient norm 1. Their reward is
     the sum of Delta over S plus entropy H, their probe = T, every = 40, lr = entropy = 1e-2.
     Ours: A as the reward; before and after share x_t and noise, so that Delta shows the update and not the draw, and
-    are measured in float32 without dropout; probes lie denser at small t, each weighted by the width of its bin; S has
-    one t of each third, as small t alone tell little at first; Adam's beta2 of 0.99; `floor`, so that no t dies out.
+    are measured without dropout, outside autocast; probes lie denser at small t, each weighted by its bin's width; S
+    has one t of each part, as small t alone tell little at first; Adam's beta2 of 0.99; `floor`, so that no t dies out.
     reward_weights: [T]. None: the bound's coefficients, as in the paper, but 0 where beta is capped at 0.999 (on the
     cosine schedule one such t is nearly all of the bound). They only decide which t become S, as A standardises each.
-    Our variant rewards a lower training loss: the loss weights, entropy = 0.1, margin = 0.1 against a pile at t = 0.
-    Cost: 2 (probe + selected B) forwards of an image every `every` steps, where a training step is worth 3 B; and the
-    policy at every step. alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, not DDP's
-    wrapper, in training mode. Processes that share a seed share the policy. ValueError: selected > probe.
+    Our variant rewards a lower training loss: its weights as reward_weights, entropy = margin = 0.1 (no pile at t = 0).
+    Cost: 2 (probe + selected B) forwards of an image, as two batches, every `every` steps, where a step is worth 3 B;
+    and the policy at every step. alphas_cumprod: [T], on the images' device. model: a module, model(x_t, t) -> eps, in
+    training mode, not DDP's wrapper. Processes that share a seed share the policy. ValueError: selected > probe.
     """
 
     def __init__(
@@ -435,7 +435,7 @@ def min_snr_weights(alphas_cumprod, gamma=5.0):
 
 
 def normalize_weights(weights, probs):
-    """weights [T] scaled, our choice, so that sum(probs * result) = 1, with the sampler's probs [T]. A learning rate
+    """weights [T] scaled (our choice) so that sum(probs * result) = 1, with the sampler's probs [T]. A learning rate
     means then the same for every sampler and weight. Where probs move, call it at every step."""
     return weights / (probs.to(weights.device) * weights).sum()
 
@@ -456,7 +456,7 @@ def momentum_decay(progress, beta1=0.9):
 
 # 3 U-Net ----------------------------------------------------------------------------------------------------
 # DDPM's network, small: residual blocks that know t, self-attention at low resolutions, and skip connections from
-# each block on the way down to one on the way up. To copy it you need math, torch, nn and F.
+# each block on the way down to one on the way up. To copy the section you need math, torch, nn and F.
 
 
 def group_norm(channels):
@@ -510,7 +510,7 @@ class UNet(nn.Module):
     """DDPM's U-Net: model(x_t [B, C, H, W], t int64 [B]) -> eps [B, C, H, W].
 
     Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way
-    up, at half the resolution of level i - 1. attention: sides of the (square) feature maps that get
+    up, at half the resolution of level i - 1. attention: sides of the feature maps of image_size that get
     self-attention, None for the lowest level's; the middle has it too, unless empty. patch: images are folded
     to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
     ValueError: an odd width, an image_size that the levels do not divide, or a side that no feature map has.
@@ -669,13 +669,13 @@ def to_float(images):
 
 
 # 5 Evaluation -----------------------------------------------------------------------------------------------
-# Two yardsticks. The bound says how well the model predicts noise, counted as likelihood counts it. The Frechet
+# Two kinds. The bound, and val_mse, say how well the model predicts noise, the bound as likelihood counts. The Frechet
 # distance says how far its samples are from the data. A method may win by one and lose by the other.
 
 
 @torch.no_grad()
 def evaluate(model, diffusion, images, count=1024):
-    """(val_mse, val_vlb) of model(x_t, t) -> eps on uint8 images [N, C, H, W], with fixed t and noise.
+    """(val_mse, val_vlb) of model(x_t, t) -> eps, in eval mode, on uint8 images [N, C, H, W], with fixed t and noise.
 
     val_mse: the epsilon-MSE, mean over t, from count / 2 evenly spaced t.
     val_vlb: the sum over t of vlb_coefficients[t] times the MSE at t, in bits per dimension. By importance sampling:
@@ -718,7 +718,7 @@ def save_grid(images, path):
 
 
 def digit_features():
-    """A function: float [N, 3, H, W] in 0..255 -> [N, 64], what a classifier trained here on digits finds in them."""
+    """A function: float [N, 3, H, W] in 0..255 -> [N, 64], of a digit classifier that it trains. Seeds torch."""
     images, labels = render_digits(10_240, 16, seed=1)
     x = to_float(images)
     torch.manual_seed(0)
@@ -918,7 +918,7 @@ class Training:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        # What is not finite becomes zero; fp16's scaler has already seen it, and skips that update.
+        # One inf or nan has now made every gradient 0 or nan: all become 0. fp16's scaler skips that update.
         for p in self.model.parameters():
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
         loss = average_over_processes(loss.detach())
@@ -956,7 +956,7 @@ class Training:
                 text += f", {distance.name} {row['fid']:.4g}"
             tqdm.write(f"step {self.step}: {text}, {row['images'] / self.seconds:.4g} images/s")
         self.rows.append(row)
-        with open(folder / "metrics.csv", "w", newline="") as file:
+        with open(folder / "metrics.csv", "w", newline="") as file:  # if cut short, --resume mends it
             writer = csv.DictWriter(file, METRICS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
@@ -1003,7 +1003,7 @@ def train(args, checkpoint):
         with explained(f"no folder can be made at --out {args.out or 'runs'}"):
             parent = next(path for path in Path(args.out or "runs/new").absolute().parents if path.exists())
             tempfile.TemporaryDirectory(dir=parent).cleanup()
-    if args.fid_features not in (None, "digits") and not zipfile.is_zipfile(args.fid_features):
+    if args.fid_samples and args.fid_features not in (None, "digits") and not zipfile.is_zipfile(args.fid_features):
         raise UserError(f"--fid-features {args.fid_features}: no such file, or not TorchScript")
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
@@ -1019,7 +1019,7 @@ def train(args, checkpoint):
     if WORLD_SIZE > 1 and LOCAL_RANK == 0:
         distributed.barrier()
     if args.batch_size > len(images) or args.batch_size % WORLD_SIZE:
-        raise UserError(f"--batch-size must be at most the {len(images)} images and divide by {WORLD_SIZE} processes")
+        raise UserError(f"--batch-size must be at most the {len(images)} images, a multiple of {WORLD_SIZE} processes")
     with explained("the model does not fit the checkpoint, or the memory"):
         run = Training(args, images, device)
         if checkpoint:
@@ -1044,18 +1044,17 @@ def train(args, checkpoint):
         return run.step > 0 and (run.step % every == 0 or run.step == args.steps)
 
     received = catch_signals()
-    bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=True if RANK else None)
+    bar = tqdm(desc=args.strategy, initial=run.step, total=args.steps, disable=RANK or None)
     clock = time.perf_counter()
     while True:
         compares = args.fid_samples and due(args.fid_every or args.steps)
         evaluates = compares or due(args.eval_every or max(1, args.steps // 10))
         saves = evaluates or due(args.checkpoint_every or args.steps)
         logs = saves or due(LOG_EVERY)
-        stop = received[0] if received else 0
-        if WORLD_SIZE > 1:  # asking the others takes time: all stop together where a row is due
-            agreed = torch.tensor(stop if logs else 0)
-            if logs:
-                distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
+        stop = received[0] if received and (logs or WORLD_SIZE == 1) else 0
+        if WORLD_SIZE > 1 and logs:  # asking the others takes time: all stop together where a row is due
+            agreed = torch.tensor(stop)
+            distributed.all_reduce(agreed, distributed.ReduceOp.MAX)
             stop = agreed.item()
         if logs or stop:
             if run.bad_in_a_row >= 10:  # waits for the device
@@ -1102,8 +1101,9 @@ def generate(args, checkpoint):
 
 
 # 7 Report ---------------------------------------------------------------------------------------------------
-# Runs that differ in the seed alone are one setting, that of the first run is the baseline. Speed-up: its steps / the
-# step at which a run's best so far reaches its mean last value (by linear interpolation, or at the first measurement).
+# Runs that differ in the seed alone are one setting, that of the first run is the baseline. Speed-up of a run: the
+# baseline's steps / the step at which the run's best value so far reaches the baseline's mean last value, by linear
+# interpolation (or the first step measured, where that is better already).
 
 
 def read_curve(run, column):
@@ -1136,10 +1136,10 @@ def report(runs, out):
         steps, goal = np.mean([read_curve(run, column)[:, -1] for run in baseline], 0)
         print(f"{column}: last value, speed-up in steps to {goal:.4g}, {baseline[0]}'s at {steps:g} (nan: not by all)")
         for number, group in enumerate(settings.values()):
-            x, y = np.stack([read_curve(run, column) for run in group], 1)  # [runs, N]; np.interp wants a rise: -best
+            x, y = np.stack([read_curve(run, column) for run in group], 1)  # [runs, N]; interp wants rising x: -best
             sooner = [steps / np.interp(-goal, -best, x[0], right=math.nan) for best in np.minimum.accumulate(y, 1)]
-            last, sooner = [f"{np.mean(v):.3g} ({np.min(v):.3g}..{np.max(v):.3g})" for v in (y[:, -1], sooner)]
-            print(f"  {last:24} {sooner:20} {' '.join(group)}")
+            last, gain = [f"{np.mean(v):.3g} ({np.min(v):.3g}..{np.max(v):.3g})" for v in (y[:, -1], sooner)]
+            print(f"  {last:24} {gain:20} {' '.join(group)}")
             if out:
                 axes = pyplot.subplot(1, 3, panel, title=f"{column} over steps")
                 axes.semilogy(x[0], y.mean(0), color=pyplot.cm.tab20(number), label=group[0])
@@ -1215,9 +1215,9 @@ def make_parser():
     add("--steps", type=COUNT, help="training steps")
     add("--batch-size", type=COUNT, default=128, help="images a step, of all processes together")
     add("--lr", type=POSITIVE, help="learning rate of Adam, after the warm-up")
-    add("--warmup", type=COUNT, help="steps to the full learning rate; None: 5%% of the steps")
+    add("--warmup", type=COUNT, help="steps to the full learning rate; None: 5%% of a new run's --steps")
     add("--ema-decay", type=SHARE, help="of the weight average that is evaluated and sampled")
-    add("--seed", type=WHOLE, default=0, help="of model, order, noise and timesteps, not of the digits")
+    add("--seed", type=WHOLE, default=0, help="of model, order, noise, timesteps and --generate, not of the digits")
     add("--eval-every", type=COUNT, help="steps between measurements, samples, checkpoints; None: a tenth")
     add("--checkpoint-every", type=COUNT, help="steps between further checkpoints, and rows; None: there are none")
     add("--device", help="cpu, cuda, cuda:N or mps; None: the best there is")
@@ -1237,7 +1237,7 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """(settings with all defaults filled in, the checkpoint they start from or None). UserError: a clash."""
+    """(settings, where None is what --help says of it; the checkpoint they start from or None). UserError: a clash."""
     parser = make_parser()
     first, _ = parser.parse_known_args(argv)  # the data set and the checkpoint decide the defaults
     parser.set_defaults(**PRESETS[first.dataset])
@@ -1260,8 +1260,8 @@ def parse_args(argv=None):
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
     if checkpoint and checkpoint["step"] > args.steps:
-        raise UserError(f"--resume {args.resume}: {checkpoint['step']} steps are done, --steps is {args.steps}")
-    with explained("these settings do not fit together, or to the checkpoint"):  # what a class itself refuses
+        raise UserError(f"{path}: {checkpoint['step']} steps are done, --steps is {args.steps}")
+    with explained("these settings do not fit together, or not the checkpoint"):  # what a class itself refuses
         ab = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
         channels = checkpoint["channels"] if checkpoint else 3
         with torch.device("meta"):  # without weights
