@@ -939,14 +939,14 @@ class Training:
         average(list(self.ema.parameters()), list(self.model.parameters()), None)
         self.step += 1
 
-    def log(self, folder, held_out=None, distance=None):
-        """Add a row to metrics.csv. With held_out measure the EMA model, too, save samples and print a line."""
+    def log(self, folder, evaluates, held_out, distance):
+        """Add a row to metrics.csv. If evaluates: measure the EMA model, too, save samples and print a line."""
         group = self.optimizer.param_groups[0]
         row = {"step": self.step, "images": self.step * self.args.batch_size, "seconds": self.seconds}
         row |= {"loss": torch.tensor(self.losses).nanmean().item(), "lr": group["lr"], "beta1": group["betas"][0]}
-        if held_out is not None:
+        if evaluates:
             with self.autocast:
-                row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out)
+                row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out.to(self.device))
                 count = self.args.fid_samples if distance else 64
                 samples = draw_samples(self.ema, self.diffusion, self.args, self.images.shape[1], count)
             save_grid(samples, folder / f"samples-{self.step}.png")
@@ -1065,7 +1065,7 @@ def train(args, checkpoint):
                     torch.save(run.state_dict(), folder / "new-checkpoint.pt")
                     os.replace(folder / "new-checkpoint.pt", folder / "checkpoint.pt")  # never a half
             if RANK == 0 and not stop:
-                run.log(folder, held_out.to(device) if evaluates else None, distance if compares else None)
+                run.log(folder, evaluates, held_out, compares and distance)
             run.losses.clear()
             clock = time.perf_counter()
         if stop or run.step == args.steps:
@@ -1259,7 +1259,7 @@ def parse_args(argv=None):
         raise UserError("--sampling-steps must be at most --timesteps, and --fid-samples 0 or at least 2")
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
-    if checkpoint and checkpoint["step"] > args.steps:
+    if args.resume and checkpoint["step"] > args.steps:
         raise UserError(f"{path}: {checkpoint['step']} steps are done, --steps is {args.steps}")
     with explained("these settings do not fit together, or not the checkpoint"):  # what a class itself refuses
         ab = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
