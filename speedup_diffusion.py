@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-import zipfile
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -641,8 +641,7 @@ def read_folder(folder, size):
     if RANK == 0 and len(paths) < len(found):
         print(f"{folder}: {len(found) - len(paths)} other files are not read")
     images = thread_map(read_image, paths, [size] * len(paths), desc="reading", leave=False, disable=None)
-    failed = [image for image in images if isinstance(image, str)]
-    if failed:
+    if failed := [image for image in images if isinstance(image, str)]:
         raise UserError(f"{len(failed)} files cannot be read as images, fix or remove them: {', '.join(failed[:5])}")
     return torch.stack(images)
 
@@ -699,12 +698,12 @@ def evaluate(model, diffusion, images, count=1024):
     return val_mse, mean_mse * coefficients.sum().item()
 
 
-def draw_samples(model, diffusion, args, channels, count, seed=0):
+def draw_samples(model, diffusion, args, count, seed=0):
     """uint8 [count, C, H, W] on the CPU, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     images = []
     for part in tqdm(torch.arange(count).split(256), "sampling", leave=False, disable=None):
-        shape = (len(part), channels, args.image_size, args.image_size)
+        shape = (len(part), args.channels, args.image_size, args.image_size)
         images.append(diffusion.sample(model, shape, args.method, args.sampling_steps, generator=generator))
     return (torch.cat(images).cpu() * 127.5 + 127.5).round().byte()
 
@@ -807,9 +806,9 @@ YARDSTICKS = ("val_mse", "val_vlb", "fid")
 METRICS = ("step", "images", "seconds", "loss", "lr", "beta1", *YARDSTICKS)
 
 
-def build_unet(args, channels):
+def build_unet(args):
     shape = (args.width, args.mults, args.num_blocks, args.attention, args.dropout, args.image_size, args.patch)
-    return UNet(channels, *shape)
+    return UNet(args.channels, *shape)
 
 
 def build_weights(args, ab):
@@ -822,7 +821,7 @@ def build_weights(args, ab):
     return torch.ones_like(ab)
 
 
-def build_sampler(args, ab, channels):
+def build_sampler(args, ab):
     """The timestep sampler of these settings, for alphas_cumprod ab [T]."""
     if args.strategy == "speed":
         mirror = SpeeDSampler.mirror_step(ab) if args.speed_variant == "code" else None
@@ -832,11 +831,10 @@ def build_sampler(args, ab, channels):
     if args.strategy == "curriculum":
         return CurriculumSampler(len(ab), args.steps, args.curriculum_mu, args.curriculum_sigma)
     if args.strategy == "adaptive":
-        options = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy or 0.05}
+        given = {"every": args.adaptive_every, "lr": args.adaptive_lr, "entropy": args.adaptive_entropy or 0.05}
         if args.adaptive_reward == "loss":
-            options |= {"reward_weights": build_weights(args, ab), "margin": 0.1}
-            options["entropy"] = args.adaptive_entropy or 0.1
-        return AdaptiveSampler(ab, channels, **options)
+            given |= {"reward_weights": build_weights(args, ab), "margin": 0.1, "entropy": args.adaptive_entropy or 0.1}
+        return AdaptiveSampler(ab, args.channels, **given)
     return UniformSampler(len(ab))
 
 
@@ -854,10 +852,10 @@ class Training:
         enabled = args.amp != "off" and (args.amp != "auto" or device.type == "cuda")
         self.autocast = torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled)
         torch.manual_seed(args.seed)  # the model first: every strategy starts from the same one
-        self.model = build_unet(args, images.shape[1]).to(device, memory_format=torch.channels_last)
+        self.model = build_unet(args).to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
-        self.sampler = build_sampler(args, self.diffusion.alphas_cumprod, images.shape[1])
+        self.sampler = build_sampler(args, self.diffusion.alphas_cumprod)
         self.raw_weights = build_weights(args, self.diffusion.alphas_cumprod)
         if args.compile:
             self.model.compile()
@@ -878,12 +876,12 @@ class Training:
 
     def state_dict(self):
         state = {name: getattr(self, name).state_dict() for name in self.parts}
-        state |= {name: getattr(self, name) for name in PROGRESS}
-        return state | {"args": vars(self.args), "channels": self.images.shape[1]}
+        return state | {name: getattr(self, name) for name in PROGRESS} | {"args": vars(self.args)}
 
     def load_state_dict(self, state):
         for name in self.parts:
-            getattr(self, name).load_state_dict(state[name])
+            if state.get(name):  # a scaler or sampler that was off left nothing
+                getattr(self, name).load_state_dict(state[name])
         for name in PROGRESS:
             setattr(self, name, state[name])
 
@@ -948,7 +946,7 @@ class Training:
             with self.autocast:
                 row["val_mse"], row["val_vlb"] = evaluate(self.ema, self.diffusion, held_out.to(self.device))
                 count = self.args.fid_samples if distance else 64
-                samples = draw_samples(self.ema, self.diffusion, self.args, self.images.shape[1], count)
+                samples = draw_samples(self.ema, self.diffusion, self.args, count)
             save_grid(samples, folder / f"samples-{self.step}.png")
             text = f"loss {row['loss']:.4f}, val_mse {row['val_mse']:.5f}, val_vlb {row['val_vlb']:.4f} bits/dim"
             if distance:
@@ -1003,8 +1001,10 @@ def train(args, checkpoint):
         with explained(f"no folder can be made at --out {args.out or 'runs'}"):
             parent = next(path for path in Path(args.out or "runs/new").absolute().parents if path.exists())
             tempfile.TemporaryDirectory(dir=parent).cleanup()
-    if args.fid_samples and args.fid_features not in (None, "digits") and not zipfile.is_zipfile(args.fid_features):
-        raise UserError(f"--fid-features {args.fid_features}: no such file, or not TorchScript")
+    if args.fid_samples and args.fid_features not in (None, "digits"):
+        warnings.filterwarnings("ignore", "`torch.jit")  # PyTorch means to replace TorchScript
+        with explained(f"--fid-features {args.fid_features}: no such file, or not TorchScript"):
+            torch.jit.load(args.fid_features, "cpu")
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.backends.cudnn.benchmark = True
@@ -1087,12 +1087,12 @@ def train(args, checkpoint):
 def generate(args, checkpoint):
     """Write args.generate samples of a checkpoint's EMA model as PNG files, and a grid of the first 64."""
     device = pick_device(args.device)
-    model = build_unet(args, checkpoint["channels"])
+    model = build_unet(args)
     model.load_state_dict(checkpoint["ema"])
     model.eval().to(device, memory_format=torch.channels_last)
     diffusion = GaussianDiffusion(args.schedule, args.timesteps, device)
     folder = new_folder(args.out or Path(args.checkpoint).parent / "generated")
-    images = draw_samples(model, diffusion, args, checkpoint["channels"], args.generate, args.seed)
+    images = draw_samples(model, diffusion, args, args.generate, args.seed)
     for i, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy()).save(folder / f"{i:06d}.png")
     save_grid(images, folder / "grid.png")
@@ -1101,9 +1101,8 @@ def generate(args, checkpoint):
 
 
 # 7 Report ---------------------------------------------------------------------------------------------------
-# Runs that differ in the seed alone are one setting, that of the first run is the baseline. Speed-up of a run: the
-# baseline's steps / the step at which the run's best value so far reaches the baseline's mean last value, by linear
-# interpolation (or the first step measured, where that is better already).
+# Runs that differ in the seed alone are one setting, the first run's is the baseline. Speed-up of a run: the baseline's
+# steps / the step where the run's best value so far reaches the baseline's mean last value, interpolated linearly.
 
 
 def read_curve(run, column):
@@ -1205,7 +1204,7 @@ def make_parser():
     add("--image-size", type=SIZE, help="side of the square images")
     add("--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror training images half of the time")
     add("--schedule", choices=("linear", "cosine", "quad"), default="linear", help="how fast the noise grows")
-    add("--timesteps", type=within(int, 1, 100_000), default=1000, help="T")
+    add("--timesteps", type=within(int, 3, 100_000), default=1000, help="T")
     add("--width", type=SIZE, help="channels of the first level")
     add("--mults", type=SIZE, nargs="+", help="channels of each level, in units of width")
     add("--num-blocks", type=SIZE, default=2, help="residual blocks of a level")
@@ -1252,6 +1251,7 @@ def parse_args(argv=None):
     parser.add_argument("-h", "--help", action="help", help="show the defaults of a --dataset and exit")
     args = parser.parse_args(argv)
     args.warmup = args.warmup or max(1, args.steps // 20)
+    args.channels = 3 if args.dataset in ("cifar10", "folder") else 1
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} is there already, or beside --resume, where it has no place")
@@ -1263,14 +1263,14 @@ def parse_args(argv=None):
         raise UserError(f"{path}: {checkpoint['step']} steps are done, --steps is {args.steps}")
     with explained("these settings do not fit together, or not the checkpoint"):  # what a class itself refuses
         ab = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
-        channels = checkpoint["channels"] if checkpoint else 3
         with torch.device("meta"):  # without weights
-            model = build_unet(args, channels)
+            model = build_unet(args)
         if checkpoint:
             model.load_state_dict(checkpoint["ema"], assign=True)
-        sampler = build_sampler(args, ab, channels)
-        if checkpoint and args.strategy == "adaptive":
-            sampler.load_state_dict(checkpoint["sampler"])
+        if args.strategy != "adaptive":
+            build_sampler(args, ab)
+        elif checkpoint and "sampler" in checkpoint:
+            build_sampler(args, ab).load_state_dict(checkpoint["sampler"])
         build_weights(args, ab)
     return args, checkpoint
 

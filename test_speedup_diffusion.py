@@ -531,7 +531,7 @@ def test_a_finished_run_trains_longer_and_is_measured_again(here):
     last = metrics("run")[1]
     assert last["fid"] not in ("", before["fid"])
     assert last["val_mse"] == before["val_mse"]
-    assert main("--resume run --steps 9") == 0
+    assert main("--resume run --steps 9 --strategy adaptive --amp fp16") == 0
     assert [row["step"] for row in metrics("run")] == ["3", "6", "9"]
 
 
@@ -682,7 +682,7 @@ def test_the_report_tells_how_much_sooner_runs_are_where_the_first_setting_ends(
 
 # 8 Command line
 
-BAD_INPUT = """--strategy speed --speed-variant code --timesteps 1 | --weighting change-aware --speed-lam 0.4 | --lr=-1
+BAD_INPUT = """--resume @made --dataset folder --data-dir nowhere | --weighting change-aware --speed-lam 0.4 | --lr=-1
 --generate 4 --checkpoint @evil.pt | --strategy speed --speed-tau 1001 | --strategy adaptive --timesteps 2 | --stepps 3
 --dataset folder --data-dir @made | --generate 4 --checkpoint @cut.pt | --checkpoint @made/checkpoint.pt | --device tpu
 --strategy speed --speed-k 0.5 | --resume @made --timesteps 40 | --resume @made --width 16 | --resume @made --out new
