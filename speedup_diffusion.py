@@ -441,14 +441,14 @@ def normalize_weights(weights, probs):
 
 
 def momentum_decay(progress, beta1=0.9):
-    """Momentum decay with learning-rate compensation (MDLRC): (beta1, lr_scale) at progress s = n / N.
+    """Momentum decay with learning-rate compensation (MDLRC): (beta1, lr_scale) at progress s = n / N; b = beta1 < 1.
 
         beta1(s) = b (1 - s) / ((1 - b) + b (1 - s)),    lr_scale(s) = (1 - b) / (1 - beta1(s)) = 1 - b s
 
     Large momentum oscillates on a smooth loss surface, so it is lowered as training goes on; lr (1 - beta1) stays
     constant, so that updates are not amplified. Write both into Adam's param_groups at every step.
     Source: Xu et al., arXiv:2404.07946: the idea is in its abstract, no code of the authors was found. Second-hand: the
-    compensation and b = beta1, in [0, 1). The rule for beta1(s) is Demon's (Chen et al., arXiv:1910.04952).
+    compensation and b = 0.9. The rule for beta1(s) is Demon's (Chen et al., arXiv:1910.04952).
     """
     left = beta1 * (1 - progress)
     return left / ((1 - beta1) + left), 1 - beta1 * progress
@@ -509,11 +509,10 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """DDPM's U-Net: model(x_t [B, C, H, W], t int64 [B]) -> eps [B, C, H, W].
 
-    Level i has width * mults[i] channels and num_blocks residual blocks on the way down, one more on the way
-    up, at half the resolution of level i - 1. attention: sides of the feature maps of image_size that get
-    self-attention, None for the lowest level's; the middle has it too, unless empty. patch: images are folded
-    to 1/patch of their side first (pixel-unshuffle), patch^2 times the channels: coarser, and cheaper.
-    ValueError: an odd width, an image_size that the levels do not divide, or a side that no feature map has.
+    Level i has width * mults[i] channels, num_blocks residual blocks on the way down, one more on the way up, and half
+    the resolution of level i - 1. attention: sides of the feature maps with self-attention; None: the lowest level's;
+    the middle has it, too, unless empty. patch: images are first folded to 1/patch of their side, with patch^2 times
+    the channels: cheaper. ValueError: width is odd, the levels do not divide image_size, or there is no such side.
     """
 
     def __init__(self, in_channels, width, mults, num_blocks, attention, dropout, image_size=32, patch=1):
@@ -584,7 +583,8 @@ def explained(problem):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{problem}: {str(error).strip() or type(error).__name__}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{problem}: {reason or type(error).__name__}") from error
 
 
 def render_digits(count, size=16, seed=0):
@@ -668,8 +668,8 @@ def to_float(images):
 
 
 # 5 Evaluation -----------------------------------------------------------------------------------------------
-# Two kinds. The bound, and val_mse, say how well the model predicts noise, the bound as likelihood counts. The Frechet
-# distance says how far its samples are from the data. A method may win by one and lose by the other.
+# Two kinds. The bound, and val_mse, say how well the model predicts noise, the bound weighted as a likelihood. The
+# Frechet distance says how far its samples are from the data. A method may win by one and lose by the other.
 
 
 @torch.no_grad()
@@ -760,8 +760,8 @@ class FrechetDistance:
 
     features: "digits" for digit_features; a TorchScript file, float images [N, 3, H, W] in 0..255 -> [N, D],
     which runs code: open your own files; None for clean-fid's InceptionV3, and only that is FID.
-    images: the training images, uint8 [N, C, H, W]. published: clean-fid's InceptionV3 statistics of CIFAR-10's take
-    their place, which saves time. UserError: features that cannot be had, and what to do.
+    images: the training images, uint8 [N, C, H, W]. published: clean-fid's InceptionV3 statistics of CIFAR-10 replace
+    them, which saves time. UserError: features that cannot be had, and what to do.
     """
 
     def __init__(self, features, device, images, published=False):
@@ -898,7 +898,7 @@ class Training:
         return x0
 
     def train_step(self):
-        """One update, from this step's images to the weight average. Waits for a GPU once an epoch (fp16: always)."""
+        """One update, from this step's images to the weight average. Waits for a GPU once an epoch, adaptive always."""
         args = self.args
         # A CPU generator keeps only 32 bits of a seed: a large odd factor keeps the ranks' seeds apart.
         seed = args.seed * 1_000_003 + RANK * 2_654_435_769 + 2 * self.step
@@ -916,7 +916,7 @@ class Training:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        # One inf or nan has now made every gradient 0 or nan: all become 0. fp16's scaler skips that update.
+        # One inf or nan has made every gradient 0 or nan: all become 0, Adam's momentum goes on; fp16 skips the step.
         for p in self.model.parameters():
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
         loss = average_over_processes(loss.detach())
@@ -1102,7 +1102,7 @@ def generate(args, checkpoint):
 
 # 7 Report ---------------------------------------------------------------------------------------------------
 # Runs that differ in the seed alone are one setting, the first run's is the baseline. Speed-up of a run: the baseline's
-# steps / the step where the run's best value so far reaches the baseline's mean last value, interpolated linearly.
+# steps / the step where its best value so far reaches the baseline's mean last one, interpolated between measurements.
 
 
 def read_curve(run, column):
@@ -1192,7 +1192,7 @@ def make_parser():
     add("--speed-variant", choices=("paper", "code"), default="paper", help="SpeeD's formula or its authors' runs")
     add("--speed-k", type=POSITIVE, default=5.0, help="SpeeD: t < tau is drawn k times as often")
     add("--speed-tau", type=COUNT, help="SpeeD: 1..T; None: the number of t with alphas_cumprod >= 0.0069")
-    add("--speed-lam", type=SHARE, default=0.6, help="change-aware weights lie in [1 - lam, lam]")
+    add("--speed-lam", type=SHARE, default=0.6, help="change-aware weights lie in [1 - lam, lam]; code: 1 from tau on")
     add("--curriculum-mu", type=SHARE, default=0.3, help="centre of the Gaussian, in units of T")
     add("--curriculum-sigma", type=POSITIVE, default=0.5, help="its width, in units of T")
     add("--adaptive-reward", choices=("bound", "loss"), default="bound", help="what the policy learns to lower")
@@ -1227,11 +1227,11 @@ def make_parser():
     add("--fid-samples", type=WHOLE, default=0, help="samples for the Frechet distance; 0: it is not measured")
     add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
-    add("--out", help="folder of the results, a new one; None: runs/DATASET-STRATEGY...")
+    add("--out", help="a new folder for the results; None: runs/DATASET-STRATEGY, or beside --checkpoint")
     add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
     add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", help="the file to generate from")
-    add("--report", nargs="+", metavar="RUN", help="print how much sooner these runs are where the first of them ends")
+    add("--report", nargs="+", metavar="RUN", help="print how much sooner these runs get where the first of them ends")
     return parser
 
 
@@ -1251,7 +1251,7 @@ def parse_args(argv=None):
     parser.add_argument("-h", "--help", action="help", help="show the defaults of a --dataset and exit")
     args = parser.parse_args(argv)
     args.warmup = args.warmup or max(1, args.steps // 20)
-    args.channels = 3 if args.dataset in ("cifar10", "folder") else 1
+    args.channels = 3 if args.dataset in ("cifar10", "folder") else 1  # of its images
     args.sampling_steps = args.sampling_steps or min(50, args.timesteps)
     if args.out and (args.resume or os.path.exists(args.out)):
         raise UserError(f"--out {args.out} is there already, or beside --resume, where it has no place")
@@ -1267,7 +1267,7 @@ def parse_args(argv=None):
             model = build_unet(args)
         if checkpoint:
             model.load_state_dict(checkpoint["ema"], assign=True)
-        if args.strategy != "adaptive":
+        if args.strategy != "adaptive":  # a new one takes a second, and T of 3 or more is all it asks
             build_sampler(args, ab)
         elif checkpoint and "sampler" in checkpoint:
             build_sampler(args, ab).load_state_dict(checkpoint["sampler"])
@@ -1286,7 +1286,7 @@ def main(argv=None):
                 return report(args.report, args.out)
         return train(args, checkpoint)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        print(f"speedup_diffusion.py: error: {str(error).splitlines()[0].rstrip(':')}", file=sys.stderr)
+        print(f"speedup_diffusion.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
         if WORLD_SIZE > 1:
             sys.stdout.flush()
             os._exit(2)  # the interpreter's own end could wait for NCCL, which waits for the others
