@@ -1197,7 +1197,7 @@ def make_parser():
     add("--curriculum-sigma", type=POSITIVE, default=0.5, help="its width, in units of T")
     add("--adaptive-reward", choices=("bound", "loss"), default="bound", help="what the policy learns to lower")
     add("--adaptive-every", type=COUNT, default=10, help="steps from one update of the policy to the next")
-    add("--adaptive-lr", type=POSITIVE, default=1e-3, help="learning rate of the policy")
+    add("--adaptive-lr", type=SHARE, default=1e-3, help="learning rate of the policy")
     add("--adaptive-entropy", type=POSITIVE, help="weight of the policy's entropy; None: 0.05, for the loss 0.1")
     add("--dataset", choices=PRESETS, default="digits", help="digits are rendered here, folder is your images")
     add("--data-dir", default="data", help="where the images are, or are downloaded to")
@@ -1259,9 +1259,9 @@ def parse_args(argv=None):
         raise UserError("--sampling-steps must be at most --timesteps, and --fid-samples 0 or at least 2")
     if args.warmup > args.steps:
         raise UserError(f"--warmup {args.warmup} is longer than the run of {args.steps} steps")
-    if args.resume and checkpoint["step"] > args.steps:
-        raise UserError(f"{path}: {checkpoint['step']} steps are done, --steps is {args.steps}")
-    with explained("these settings do not fit together, or not the checkpoint"):  # what a class itself refuses
+    with explained("these settings do not fit together, or not the checkpoint"):  # also what a class refuses
+        if args.resume and checkpoint["step"] > args.steps:
+            raise UserError(f"{path}: {checkpoint['step']} steps are done, --steps is {args.steps}")
         ab = GaussianDiffusion(args.schedule, args.timesteps).alphas_cumprod
         with torch.device("meta"):  # without weights
             model = build_unet(args)
