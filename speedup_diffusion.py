@@ -313,8 +313,7 @@ class AdaptiveSampler:
         self.widths = widths.to(device)
         u = margin + (1 - 2 * margin) * (torch.arange(T, dtype=torch.float64) + 0.5) / T
         self.log_u = torch.stack([u.log(), (-u).log1p()]).float().to(device)
-        # The state of a run:
-        self.policy = policy_network(in_channels).to(device)
+        self.policy = policy_network(in_channels).to(device)  # from here to probs: the state of a run
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr, betas=(0.9, 0.99))
         self.queue = torch.zeros(0, len(grid), device=device)
         self.selected = torch.stack([part[len(part) // 2] for part in self.grid.tensor_split(selected)])
@@ -668,8 +667,8 @@ def to_float(images):
 
 
 # 5 Evaluation -----------------------------------------------------------------------------------------------
-# Two kinds. The bound, and val_mse, say how well the model predicts noise, the bound weighted as a likelihood. The
-# Frechet distance says how far its samples are from the data. A method may win by one and lose by the other.
+# Two kinds. val_mse, a mean over t, and the bound, a sum that bounds the likelihood, say how well the model predicts
+# noise. The Frechet distance says how far its samples are from the data. A method may win by one and lose by the other.
 
 
 @torch.no_grad()
@@ -871,7 +870,7 @@ class Training:
         self.seconds = 0.0  # of training alone
         self.rows = []  # of metrics.csv
         self.losses = []  # since the last row, not yet read from the device
-        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_in_a_row = torch.tensor(0, device=device)
         self.order = None  # of this epoch's images, cut into batches
 
     def state_dict(self):
@@ -1004,7 +1003,7 @@ def train(args, checkpoint):
     if args.fid_samples and args.fid_features not in (None, "digits"):
         warnings.filterwarnings("ignore", "`torch.jit")  # PyTorch means to replace TorchScript
         with explained(f"--fid-features {args.fid_features}: no such file, or not TorchScript"):
-            torch.jit.load(args.fid_features, "cpu")
+            torch.jit.load(args.fid_features, "cpu")  # fails now, not after the data is read
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     torch.backends.cudnn.benchmark = True
@@ -1186,6 +1185,7 @@ def make_parser():
     options |= {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "description": __doc__.split("\n")[0]}
     parser = argparse.ArgumentParser("speedup_diffusion.py", **options)
     add = parser.add_argument
+    mode = parser.add_mutually_exclusive_group().add_argument
     add("--strategy", choices=STRATEGIES, default="uniform", help="how timesteps are drawn")
     add("--weighting", choices=WEIGHTINGS, default="auto", help="auto: change-aware for speed, else none")
     add("--momentum-decay", action=argparse.BooleanOptionalAction, default=False, help="lower beta1 and lr with time")
@@ -1228,10 +1228,10 @@ def make_parser():
     add("--fid-every", type=COUNT, help="steps between its measurements; None: at the end alone")
     add("--fid-features", help="digits, or a TorchScript file, which runs code; None: InceptionV3, that is FID")
     add("--out", help="a new folder for the results; None: runs/DATASET-STRATEGY, or beside --checkpoint")
-    add("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
-    add("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
+    mode("--resume", metavar="RUN", help="go on with the run in this folder; flags beside it change its settings")
+    mode("--generate", type=COUNT, metavar="N", help="write N samples of --checkpoint as PNG files, train nothing")
     add("--checkpoint", help="the file to generate from")
-    add("--report", nargs="+", metavar="RUN", help="print how much sooner these runs get where the first of them ends")
+    mode("--report", nargs="+", metavar="RUN", help="print how much sooner these runs get where the first of them ends")
     return parser
 
 
@@ -1267,7 +1267,7 @@ def parse_args(argv=None):
             model = build_unet(args)
         if checkpoint:
             model.load_state_dict(checkpoint["ema"], assign=True)
-        if args.strategy != "adaptive":  # a new one takes a second, and T of 3 or more is all it asks
+        if args.strategy != "adaptive":  # which takes a second to build, and has nothing to refuse when new
             build_sampler(args, ab)
         elif checkpoint and "sampler" in checkpoint:
             build_sampler(args, ab).load_state_dict(checkpoint["sampler"])

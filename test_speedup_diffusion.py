@@ -682,13 +682,13 @@ def test_the_report_tells_how_much_sooner_runs_are_where_the_first_setting_ends(
 
 # 8 Command line
 
-BAD_INPUT = """--resume @made --dataset folder --data-dir nowhere | --weighting change-aware --speed-lam 0.4 | --lr=-1
---generate 4 --checkpoint @evil.pt | --strategy speed --speed-tau 1001 | --strategy adaptive --timesteps 2 | --stepps 3
---dataset folder --data-dir @made | --generate 4 --checkpoint @cut.pt | --checkpoint @made/checkpoint.pt | --device tpu
---strategy speed --speed-k 0.5 | --resume @made --timesteps 40 | --resume @made --width 16 | --resume @made --out new
---resume @made --steps 5 | --fid-features @cut.pt | --fid-features @other.pt | --sampling-steps 1001 | --report no
---batch-size 9729 | --fid-samples=-1 | --resume nowhere | --image-size 18 | --width 9 | --fid-samples 1 | --lr=inf
---out @cut.pt/x | --attention 5 | --warmup 2000 | --out /proc/x | --steps 0 | --generate 4 | --lr=nan | --out @made"""
+BAD_INPUT = """--generate 4 --checkpoint @made/checkpoint.pt --dataset cifar10 | --generate 4 --checkpoint @evil.pt
+--weighting change-aware --speed-lam 0.4 | --strategy speed --speed-tau 1001 | --dataset folder --data-dir @made
+--generate 4 --checkpoint @cut.pt | --checkpoint @made/checkpoint.pt | --strategy speed --speed-k 0.5 | --fid-samples=-1
+--resume @made --timesteps 40 | --resume @made --report @made | --resume @made --width 16 | --resume @made --out new
+--resume @made --steps 5 | --fid-features @other.pt | --fid-features @cut.pt | --sampling-steps 1001 | --batch-size 9729
+--resume nowhere | --image-size 18 | --fid-samples 1 | --out @cut.pt/x | --timesteps 2 | --attention 5 | --warmup 2000
+--out /proc/x | --device tpu | --report no | --out @made | --stepps 3 | --lr=nan | --lr=inf | --lr=-1 | --steps 0"""
 
 
 class Malicious:  # unpickling it makes a file
